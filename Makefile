@@ -1,0 +1,26 @@
+# Each target alone works on a bare machine with Python >= 3.10: it makes .venv if it is missing, installs, and runs.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test lint bench
+
+quickstart: .venv/.installed
+	$(BIN)/python recipes/digits.py
+
+test: .venv/.installed
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/.installed
+	$(BIN)/python benchmarks/exchange.py
+	$(BIN)/python benchmarks/workers.py
+
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[recipes,dev]'
+	touch $@

@@ -1,0 +1,28 @@
+"""Training with staleness in PyTorch Lightning; importing it registers ``"bsp"``, ``"asp"``, ``"ssp"`` and ``"dssp"``.
+
+Example::
+
+    >>> import lightning_stale
+    >>> from lightning import Trainer
+    >>> trainer = Trainer(accelerator="cpu", devices=1, strategy="dssp", logger=False, enable_checkpointing=False)
+    >>> trainer.strategy
+    StaleSyncStrategy(paradigm=DSSP(lower=3, upper=15, enforce_upper=True), transport='auto')
+"""
+
+from __future__ import annotations
+
+import sys
+
+from lightning_stale.paradigms import ASP, BSP, DSSP, SSP
+
+__version__ = "0.1.0"
+
+if "lightning_stale_server" not in sys._xoptions:  # the server process needs torch, and not all of lightning
+    from lightning_stale.callbacks import StalenessMonitor, StragglerInjection
+    from lightning_stale.strategies import StaleSyncStrategy, register_strategies
+    from lightning_stale.strategies.twin import refuse_twin
+
+    register_strategies()
+    refuse_twin()
+
+__all__ = ["ASP", "BSP", "DSSP", "SSP", "StaleSyncStrategy", "StalenessMonitor", "StragglerInjection"]

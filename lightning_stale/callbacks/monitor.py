@@ -1,0 +1,98 @@
+"""Show how stale training is."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from rich.console import Console
+from rich.table import Table
+
+from lightning_stale.strategies.stale_sync import StaleSyncStrategy
+
+
+class StalenessMonitor(Callback):
+    """Log lead, gradient staleness, waiting share and speed of this worker, and print a table of all at the end of fit.
+
+    Logged per step through Lightning's own ``log``, on the rank that the logger belongs to:
+
+    - ``staleness/lead``: clocks ahead of the slowest worker, at the last OK;
+    - ``staleness/gradient``: updates between the last pull and the push;
+    - ``staleness/wait_share``: part of the time since the last report that was spent waiting, 0..1;
+    - ``staleness/samples_per_s``: samples per second of this worker.
+
+    Args:
+        prog_bar: show them in the progress bar too.
+        print_summary: print the table of ``strategy.summary()`` at the end of ``fit``.
+
+    Example::
+
+        >>> from lightning import Trainer
+        >>> from lightning_stale import StalenessMonitor
+        >>> trainer = Trainer(accelerator="cpu", devices=1, strategy="ssp", callbacks=[StalenessMonitor()],
+        ...                   logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(self, *, prog_bar: bool = True, print_summary: bool = True) -> None:
+        self.prog_bar = prog_bar
+        self.print_summary = print_summary
+        self._started = 0.0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that there is something to show."""
+        if not isinstance(trainer.strategy, StaleSyncStrategy):
+            raise MisconfigurationException(
+                f"StalenessMonitor shows the strategies of lightning_stale, and this one is "
+                f"{type(trainer.strategy).__name__}: write Trainer(strategy='dssp'), or leave the monitor out"
+            )
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Note when the step began."""
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the last OK."""
+        assert isinstance(trainer.strategy, StaleSyncStrategy)
+        release = trainer.strategy.last_release
+        if release is None:
+            return
+        step_s = time.perf_counter() - self._started
+        samples = extract_batch_size(batch)
+        values = {
+            "staleness/lead": float(release.lead),
+            "staleness/gradient": float(release.staleness),
+            "staleness/wait_share": release.wait_s / max(release.wait_s + release.compute_s, 1e-9),
+            "staleness/samples_per_s": samples / max(step_s, 1e-9),
+        }
+        self.log_dict(values, on_step=True, on_epoch=False, prog_bar=self.prog_bar, batch_size=samples)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the table."""
+        if self.print_summary and trainer.is_global_zero:
+            assert isinstance(trainer.strategy, StaleSyncStrategy)
+            Console().print(summary_table(trainer.strategy.summary()))
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    """Return ``StaleSyncStrategy.summary()`` as a table."""
+    table = Table(title=f"{summary['paradigm']}: {summary['updates']} updates")
+    for column in ("rank", "pushes", "lead mean", "max", "staleness mean", "max", "waited", "of the time"):
+        table.add_column(column, justify="right")
+    for worker in summary["workers"]:
+        total_s = max(worker["wait_s"] + worker["compute_s"], 1e-9)
+        table.add_row(
+            str(worker["rank"]),
+            str(worker["pushes"]),
+            f"{worker['mean_lead']:.2f}",
+            str(worker["max_lead"]),
+            f"{worker['mean_staleness']:.2f}",
+            str(worker["max_staleness"]),
+            f"{worker['wait_s']:.1f} s",
+            f"{worker['wait_s'] / total_s:.0%}",
+        )
+    return table

@@ -1,0 +1,21 @@
+"""How worker processes are started."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+
+class SummaryLauncher(_MultiProcessingLauncher):
+    """Lightning's spawn and fork launcher; brings ``strategy.summary()`` of rank 0 back to the main process."""
+
+    def get_extra_results(self, trainer: Trainer) -> dict[str, Any]:
+        return {**super().get_extra_results(trainer), "summary": trainer.strategy.summary()}  # type: ignore[attr-defined]
+
+    def update_main_process_results(self, trainer: Trainer, extra: dict[str, Any]) -> None:
+        trainer.strategy._summary = extra.pop("summary")  # type: ignore[attr-defined]
+        super().update_main_process_results(trainer, extra)

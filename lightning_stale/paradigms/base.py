@@ -1,0 +1,123 @@
+"""The interface of a paradigm, and the clock gate that the four paradigms share."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+
+class Paradigm(ABC):
+    """Decides when a worker that has pushed a gradient gets its OK.
+
+    A paradigm is a deterministic state machine over clocks and times. It knows nothing of tensors, processes or
+    networks, and never reads a clock of its own: every call says what time it is. The clock ``t_p`` of worker ``p`` is
+    the number of its pushes, counted from where it joined; its *lead* is ``t_p - min(t)`` over the workers present.
+    """
+
+    averages: ClassVar[bool] = False
+    """True: the gradients of a round are collected and applied as one step with their mean (BSP)."""
+
+    @property
+    @abstractmethod
+    def clocks(self) -> Mapping[int, int]:
+        """The clock of every worker that is present."""
+
+    @abstractmethod
+    def join(self, worker: int, now: float) -> None:
+        """Let ``worker`` take part from ``now`` (seconds) on, with the smallest clock of those present."""
+
+    @abstractmethod
+    def push(self, worker: int, now: float) -> list[int]:
+        """Count a push of ``worker``; return who gets an OK now: the pusher first, then those that waited, oldest first."""
+
+    @abstractmethod
+    def leave(self, worker: int, now: float) -> list[int]:
+        """Drop ``worker`` from every minimum and round; return who gets an OK for it, oldest first."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Return the whole state as plain numbers, lists and dicts."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue exactly where ``state`` was taken."""
+
+    def lead(self, worker: int) -> int:
+        """Return ``t_p - min(t)`` of a worker that is present."""
+        return self.clocks[worker] - min(self.clocks.values())
+
+
+class ClockGate(Paradigm):
+    """A paradigm that holds a worker back while its lead is above :attr:`bound` (SSP; Ho et al., NIPS 2013)."""
+
+    bound: float = math.inf
+
+    def __init__(self) -> None:
+        self._clocks: dict[int, int] = {}
+        self._waiting: list[int] = []
+        self._last_clock = 0
+
+    @property
+    def clocks(self) -> Mapping[int, int]:
+        return self._clocks
+
+    def join(self, worker: int, now: float) -> None:
+        """See :meth:`Paradigm.join`; where nobody is present, the clock goes on from the largest one so far."""
+        if worker in self._clocks:
+            raise ValueError(f"worker {worker} joined twice; it must leave before it joins again")
+        self._clocks[worker] = min(self._clocks.values(), default=self._last_clock)
+
+    def push(self, worker: int, now: float) -> list[int]:
+        if worker not in self._clocks:
+            raise ValueError(f"worker {worker} pushed without having joined; present: {sorted(self._clocks)}")
+        if worker in self._waiting:
+            raise ValueError(f"worker {worker} pushed while it waits for the OK of its last push")
+        self._clocks[worker] += 1
+        self._last_clock = max(self._last_clock, self._clocks[worker])
+        if self._opens(worker, now):
+            return [worker, *self._open_waiting(now)]
+        released = self._open_waiting(now)
+        self._waiting.append(worker)
+        return released
+
+    def leave(self, worker: int, now: float) -> list[int]:
+        if worker not in self._clocks:
+            raise ValueError(f"worker {worker} left without having joined; present: {sorted(self._clocks)}")
+        del self._clocks[worker]
+        if worker in self._waiting:
+            self._waiting.remove(worker)
+        return self._open_waiting(now)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"clocks": dict(self._clocks), "waiting": list(self._waiting), "last_clock": self._last_clock}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._clocks = {int(worker): int(clock) for worker, clock in state["clocks"].items()}
+        self._waiting = [int(worker) for worker in state["waiting"]]
+        self._last_clock = int(state["last_clock"])
+
+    def _opens(self, worker: int, now: float) -> bool:
+        """Whether the gate is open for ``worker``, which has just pushed."""
+        return self._within_bound(worker)
+
+    def _within_bound(self, worker: int) -> bool:
+        return self.lead(worker) <= self.bound
+
+    def _open_waiting(self, now: float) -> list[int]:
+        released = [worker for worker in self._waiting if self._within_bound(worker)]
+        self._waiting = [worker for worker in self._waiting if worker not in released]
+        return released
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+def check_clock_count(owner: str, name: str, value: object) -> int:
+    """Return ``value`` if it is a number of clocks, i.e. an integer >= 0; otherwise say what to write."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(
+            f"{owner}({name}={value!r}): {name} counts clocks and must be an integer >= 0, e.g. {owner}({name}=3)"
+        )
+    return value

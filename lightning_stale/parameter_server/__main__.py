@@ -1,0 +1,61 @@
+"""The server process: ``python -m lightning_stale.parameter_server``, started by global rank 0 and ended with it.
+
+Standard input first carries the job (:class:`~lightning_stale.parameter_server.process.Job`, pickled by rank 0), and
+then stays open as a lifeline: when it closes, rank 0 is gone. Standard output carries one line, the port.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import signal
+import sys
+
+import torch
+
+from lightning_stale.parameter_server.layout import Layout
+from lightning_stale.parameter_server.pickling import compute_on_cpu, load_optimizers
+from lightning_stale.parameter_server.process import Job
+from lightning_stale.parameter_server.server import ParameterServer
+from lightning_stale.parameter_server.socket import ServerSocket
+from lightning_stale.parameter_server.store import ParameterStore
+
+
+def main() -> None:
+    """Read the job, serve, and end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: rank 0 decides when this ends
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    _warm_up()
+    job: Job = pickle.load(sys.stdin.buffer)
+    torch.set_num_threads(job.threads)
+    layout = Layout.of(job.parameters)
+    store = ParameterStore(torch.zeros(layout.nbytes, dtype=torch.uint8), layout)
+    with torch.no_grad():
+        for parameter, value in zip(store.parameters, job.parameters, strict=True):
+            parameter.copy_(value)
+    optimizers = load_optimizers(job.optimizers, store.parameters)
+    compute_on_cpu(optimizers)
+    store.set_optimizers(optimizers)
+    socket = ServerSocket(job.host, job.server_keys, job.worker_key)
+    server = ParameterServer(socket, store, layout, job.paradigm, job.world_size, job.folder)
+    if job.snapshot is not None:
+        server.resume(job.snapshot)
+    parent = job.parent
+    del job
+    print(socket.port, flush=True)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what an optimizer prints must not fill a pipe nobody reads
+    try:
+        server.run(lifeline=sys.stdin.fileno(), orphaned=lambda: os.getppid() != parent)
+    finally:
+        socket.close()
+
+
+def _warm_up() -> None:
+    """Have torch import what the first step of any optimizer needs, while rank 0 still sets up."""
+    torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.0).step()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,300 @@
+"""A worker's side: push a gradient, wait for the OK, pull the weights."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_stale.parameter_server import memory, wire
+from lightning_stale.parameter_server.layout import Layout
+from lightning_stale.parameter_server.options import Options
+from lightning_stale.parameter_server.socket import KeyPair, WorkerSocket
+
+Transport = Literal["auto", "shm", "tcp"]
+CONNECT_TIMEOUT_S = 60.0
+_POLL_MS = 200
+
+
+class ServerLostError(ConnectionError):
+    """The parameter server has ended."""
+
+
+class RunFailedError(RuntimeError):
+    """The run has ended because of another worker, or of the server."""
+
+    def __init__(self, kind: str, text: str) -> None:
+        super().__init__(text)
+        self.kind = kind
+        """``"error"``, ``"interrupt"`` (Ctrl-C) or ``"sigterm"``."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where the server is and how to talk to it; travels through the rendezvous store."""
+
+    address: str
+    host_id: str
+    pid: int
+    server_key: str
+    worker_public: str
+    worker_secret: str
+    layout: list[list[Any]]
+
+    def encode(self) -> bytes:
+        """Return it as bytes."""
+        return wire.encode_object(asdict(self))
+
+    @classmethod
+    def decode(cls, data: bytes) -> Endpoint:
+        """The inverse of :meth:`encode`."""
+        return cls(**wire.decode_object(data))
+
+
+@dataclass(frozen=True)
+class Release:
+    """An OK: the worker's clock and lead, the staleness of its push, and the version of the weights it pulled."""
+
+    version: int
+    clock: int
+    lead: int
+    staleness: int
+    wait_s: float
+    compute_s: float
+
+
+class ParameterClient:
+    """The connection of one worker.
+
+    Args:
+        endpoint: where the server is.
+        rank: the worker's global rank.
+        transport: ``"shm"``, ``"tcp"``, or ``"auto"``: shared memory on the server's host, TCP otherwise.
+        check: called while waiting; raises to break off (a signal has come, say).
+
+    Attributes:
+        shared: whether the buffers are shared memory.
+        buffer: the bytes behind both lists of tensors.
+        gradients: one tensor per parameter; what lies there is pushed.
+        weights: one tensor per parameter; holds the newest weights after each call that pulls.
+    """
+
+    def __init__(
+        self, endpoint: Endpoint, rank: int, transport: Transport, check: Callable[[], None] = lambda: None
+    ) -> None:
+        self._endpoint = endpoint
+        self._check = check
+        self.rank = rank
+        keys = KeyPair(endpoint.worker_public, endpoint.worker_secret)
+        self._socket = WorkerSocket(endpoint.address, endpoint.server_key, keys)
+        self._layout = Layout.from_message(endpoint.layout)
+        self._version = -1
+        self._wait_s = 0.0  # not yet reported
+        self._compute_s = 0.0
+        self._running_since: float | None = None
+        self.last_release: Release | None = None
+        self.failure: RunFailedError | None = None
+        self.buffer, self._gradients, self._weights = self._connect(transport)
+        self.gradients = self._layout.views(self._gradients)
+        self.weights = self._layout.views(self._weights)
+
+    # --- training ---------------------------------------------------------------------------------------------------
+
+    def start_computing(self) -> None:
+        """Note that the worker computes from now on, if it did not already (after a meeting point)."""
+        if self._running_since is None:
+            self._running_since = time.monotonic()
+
+    def push(
+        self,
+        optimizer: int,
+        places: Sequence[int],
+        used: Sequence[bool],
+        options: Options,
+        clip: tuple[float, str] | None,
+    ) -> Release:
+        """Push the gradients of one optimizer, wait for the OK, and pull the weights.
+
+        Args:
+            optimizer: its index.
+            places: which of the parameters are its own, in the order of its param groups.
+            used: for each of them, whether there is a gradient.
+            options: the values of its param groups.
+            clip: value and ``"norm"`` or ``"value"``, to clip the mean of the round.
+
+        Raises:
+            RunFailedError: if the run has failed elsewhere.
+            ServerLostError: if the server has ended.
+        """
+        self._stop_computing()
+        compute_s = self._compute_s
+        ranges = [] if self.shared else self._layout.ranges([p for p, u in zip(places, used, strict=True) if u])
+        started = time.monotonic()
+        self._send(
+            "push",
+            optimizer=optimizer,
+            used=list(used),
+            options=options,
+            clip=None if clip is None else list(clip),
+            nbytes=sum(end - start for start, end in ranges),
+            **self._take_times(),
+        )
+        data = memoryview(self._gradients.numpy())
+        for first, last in ranges:
+            for start, end in wire.chunks(first, last):
+                self._socket.dealer.send_multipart([wire.encode_message("chunk", offset=start), data[start:end]])
+        message = self._receive_weights("released")
+        wait_s = time.monotonic() - started
+        self._wait_s += wait_s
+        self.last_release = Release(
+            message["version"], message["clock"], message["lead"], message["staleness"], wait_s, compute_s
+        )
+        self.start_computing()
+        return self.last_release
+
+    def meet(self, place: str, detail: str) -> bool:
+        """Wait until all workers are at ``place``, and pull; return whether the weights have changed.
+
+        Raises:
+            RunFailedError: if the run has failed elsewhere, or the workers are at different places.
+            ServerLostError: if the server has ended.
+        """
+        self._stop_computing()
+        started = time.monotonic()
+        before = self._version
+        self._send("sync", place=place, detail=detail, **self._take_times())
+        self._receive_weights("synced")
+        self._wait_s += time.monotonic() - started
+        return self._version != before
+
+    def pull(self) -> None:
+        """Pull the weights of now, without waiting for anybody (also when the run has failed)."""
+        self._send("pull")
+        self._receive_weights("synced", failed_too=True)
+
+    # --- questions --------------------------------------------------------------------------------------------------
+
+    def optimizer_state(self, optimizer: int) -> dict[int, Any]:
+        """Return ``state_dict()["state"]`` of the server's optimizer."""
+        state: dict[int, Any] = self._ask("optimizer_state", optimizer=optimizer)
+        return state
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of the server beside weights and optimizers: clocks and counts."""
+        snapshot: dict[str, Any] = self._ask("snapshot")
+        return snapshot
+
+    def summary(self) -> dict[str, Any]:
+        """Return the counts of all workers."""
+        summary: dict[str, Any] = self._ask("summary")
+        return summary
+
+    # --- the end ----------------------------------------------------------------------------------------------------
+
+    def abort(self, kind: str, text: str) -> None:
+        """Tell the server, and through it every worker, that this one fails."""
+        self._send("abort", kind=kind, text=text[-wire.HEADER_BYTES // 2 :])
+
+    def close(self, finished: bool) -> None:
+        """End the connection; ``finished``: with a goodbye, without which the server takes this worker for lost."""
+        if finished:
+            self._send("bye")
+        self._socket.close()
+
+    # --- messages ---------------------------------------------------------------------------------------------------
+
+    def _connect(self, transport: Transport) -> tuple[Tensor, Tensor, Tensor]:
+        nbytes = self._layout.nbytes
+        same_host = memory.supported() and self._endpoint.host_id == memory.host_id()
+        if transport == "shm" and not same_host:
+            raise memory.SharedMemoryError(
+                f"transport='shm', but rank {self.rank} is not on the host of the parameter server "
+                f"({self._endpoint.address}): write transport='auto' or 'tcp'"
+            )
+        self.shared = same_host and transport != "tcp"
+        self._send("hello", rank=self.rank, pid=os.getpid(), shared=self.shared)
+        message = self._receive("welcome", deadline=time.monotonic() + CONNECT_TIMEOUT_S)
+        if self.shared:
+            try:
+                data = memory.open_segment(message["path"], message["nbytes"], message["token"])
+                return data, data[:nbytes], data[nbytes:]
+            except memory.SharedMemoryError:  # another container of the same host
+                if transport == "shm":
+                    raise
+                self._send("unshare")
+                self.shared = False
+        data = torch.zeros(2 * nbytes, dtype=torch.uint8)
+        return data, data[:nbytes], data[nbytes:]
+
+    def _send(self, kind: str, **fields: Any) -> None:
+        self._socket.dealer.send(wire.encode_message(kind, **fields))
+
+    def _receive_weights(self, kind: str, failed_too: bool = False) -> dict[str, Any]:
+        message = self._receive(kind, failed_too=failed_too)
+        self._receive_chunks(message["nbytes"], self._weights)
+        self._version = message["version"]
+        return message
+
+    def _ask(self, question: str, **fields: Any) -> Any:
+        self._send(question, **fields)
+        nbytes = self._receive("reply", failed_too=True)["nbytes"]
+        packed = torch.empty(nbytes, dtype=torch.uint8)
+        self._receive_chunks(nbytes, packed)
+        return wire.decode_object(packed.numpy().tobytes())
+
+    def _receive(
+        self, kind: str, data: Tensor | None = None, deadline: float | None = None, failed_too: bool = False
+    ) -> dict[str, Any]:
+        """Return the next message of ``kind``; with ``data``, the bytes behind it are written there."""
+        while True:
+            try:
+                ready = self._socket.wait(_POLL_MS)
+            except ConnectionError:
+                raise self.failure or ServerLostError(
+                    f"rank {self.rank} has lost the parameter server ({self._endpoint.address}, process "
+                    f"{self._endpoint.pid}): it was killed or has crashed. What it printed stands above; "
+                    "resume from the last checkpoint with trainer.fit(ckpt_path=...)."
+                ) from None
+            if not ready:
+                self._check()
+                if deadline is not None and time.monotonic() > deadline:
+                    raise ServerLostError(
+                        f"rank {self.rank} cannot reach the parameter server at {self._endpoint.address}: is the port "
+                        "open between the hosts, and MASTER_ADDR the address of rank 0's host?"
+                    )
+                continue
+            frames = self._socket.dealer.recv_multipart(copy=False)
+            message = wire.decode_message(frames[0].bytes)
+            if message["type"] == "failed":
+                self.failure = RunFailedError(message["kind"], message["text"])
+                if not failed_too:
+                    raise self.failure
+            elif message["type"] == kind:
+                if data is not None:
+                    start = message["offset"]
+                    data.numpy()[start : start + len(frames[1].buffer)] = memoryview(frames[1].buffer)
+                    message["nbytes"] = len(frames[1].buffer)
+                return message
+            else:
+                raise wire.WireError(f"expected {kind!r} from the parameter server, got {message['type']!r}")
+
+    def _receive_chunks(self, nbytes: int, into: Tensor) -> None:
+        while nbytes > 0:
+            nbytes -= self._receive("chunk", data=into, failed_too=True)["nbytes"]
+
+    # --- times ------------------------------------------------------------------------------------------------------
+
+    def _stop_computing(self) -> None:
+        if self._running_since is not None:
+            self._compute_s += time.monotonic() - self._running_since
+            self._running_since = None
+
+    def _take_times(self) -> dict[str, float]:
+        times = {"wait_s": self._wait_s, "compute_s": self._compute_s}
+        self._wait_s = self._compute_s = 0.0
+        return times

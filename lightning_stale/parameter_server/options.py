@@ -1,0 +1,48 @@
+"""The current values of an optimizer's param groups, which travel with every push (schedulers run in the workers)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+Options = list[dict[str, Any]]
+
+
+def read_options(optimizer: Optimizer) -> Options:
+    """Return per param group what is a number, string, flag or a tuple of them: ``lr``, ``betas``, ``momentum`` ..."""
+    return [
+        {name: _plain(value) for name, value in group.items() if name != "params" and _is_plain(value)}
+        for group in optimizer.param_groups
+    ]
+
+
+def write_options(optimizer: Optimizer, options: Sequence[Mapping[str, Any]]) -> None:
+    """Set the values that :func:`read_options` took from a worker's optimizer on the server's."""
+    for group, values in zip(optimizer.param_groups, options, strict=True):
+        for name, value in values.items():
+            held = group.get(name)
+            if isinstance(held, Tensor):
+                held.fill_(value)
+            elif name in ("capturable", "fused", "foreach"):  # how to compute, not what: the server's own choice
+                continue
+            else:
+                group[name] = tuple(value) if isinstance(held, tuple) else value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1
+    if isinstance(value, (tuple, list)):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.item()
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,116 @@
+"""The global weights and the optimizers that update them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_stale.parameter_server.layout import Layout
+from lightning_stale.parameter_server.options import Options, write_options
+
+
+@dataclass(frozen=True)
+class Push:
+    """One worker's gradient for one optimizer.
+
+    Args:
+        optimizer: which optimizer it is for.
+        used: for each parameter of that optimizer, whether there is a gradient.
+        gradients: the worker's gradient buffer, one view per parameter of the store.
+        options: the worker's current param-group values (see :mod:`~lightning_stale.parameter_server.options`).
+        clip: clip the mean of the round at this value, by ``"norm"`` or ``"value"``.
+    """
+
+    optimizer: int
+    used: Sequence[bool]
+    gradients: Sequence[Tensor]
+    options: Options
+    clip: tuple[float, str] | None = None
+
+
+class ParameterStore:
+    """The weights ``w``, updated by the user's optimizers; counts the updates in :attr:`version`."""
+
+    def __init__(self, weights: Tensor, layout: Layout) -> None:
+        """``weights``: the flat buffer (``torch.uint8``) that ``layout`` describes."""
+        self.weights = weights
+        self.version = 0
+        self._parameters = [torch.nn.Parameter(view, requires_grad=_may_learn(view)) for view in layout.views(weights)]
+        self.optimizers: list[Optimizer] = []
+        self._places: list[list[int]] = []
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The weights, one tensor per slot."""
+        return self._parameters
+
+    def set_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
+        """Use ``optimizers``, which are built over :attr:`parameters`."""
+        place = {id(parameter): i for i, parameter in enumerate(self._parameters)}
+        self.optimizers = list(optimizers)
+        self._places = [parameter_places(optimizer, place) for optimizer in optimizers]
+
+    def places(self, optimizer: int) -> list[int]:
+        """Return which slots belong to ``optimizer``, in the order of its param groups."""
+        return self._places[optimizer]
+
+    def apply(self, push: Push) -> None:
+        """Take one full step with the gradient of one worker (ASP, SSP, DSSP)."""
+        self._step(push, [push])
+
+    def apply_mean(self, pushes: Sequence[Push]) -> None:
+        """Take one step per optimizer with the mean of the gradients of a round, in the order given (BSP)."""
+        for index in sorted({push.optimizer for push in pushes}):
+            same = [push for push in pushes if push.optimizer == index]
+            self._step(same[0], same)
+
+    @torch.no_grad()
+    def _step(self, first: Push, pushes: Sequence[Push]) -> None:
+        optimizer = self.optimizers[first.optimizer]
+        write_options(optimizer, first.options)
+        touched = []
+        for position, place in enumerate(self._places[first.optimizer]):
+            given = [push.gradients[place] for push in pushes if push.used[position]]
+            if given:
+                # The worker waits for its OK: until then its gradient buffer is the server's to use.
+                self._parameters[place].grad = _mean_into_first(given, len(pushes))
+                touched.append(self._parameters[place])
+        if first.clip is not None:
+            _clip(touched, *first.clip)
+        optimizer.step()
+        for parameter in touched:
+            parameter.grad = None
+        self.version += 1
+
+    def optimizer_state(self, index: int) -> dict[str, Any]:
+        """Return ``state_dict()["state"]`` of an optimizer."""
+        state: dict[str, Any] = self.optimizers[index].state_dict()["state"]
+        return state
+
+
+def parameter_places(optimizer: Optimizer, place: dict[int, int]) -> list[int]:
+    """Return the places of an optimizer's parameters (``place``: by ``id``), in the order of its param groups."""
+    return [place[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _may_learn(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _mean_into_first(gradients: Sequence[Tensor], count: int) -> Tensor:
+    mean = gradients[0]
+    for gradient in gradients[1:]:
+        mean.add_(gradient)
+    return mean.div_(count) if count > 1 else mean
+
+
+def _clip(parameters: Sequence[torch.nn.Parameter], value: float, algorithm: str) -> None:
+    if algorithm == "norm":
+        torch.nn.utils.clip_grad_norm_(parameters, value)
+    else:
+        torch.nn.utils.clip_grad_value_(parameters, value)

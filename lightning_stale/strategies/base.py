@@ -1,0 +1,154 @@
+"""What every strategy of this package shares: DDP's processes, without its collectives."""
+
+from __future__ import annotations
+
+import atexit
+from abc import abstractmethod
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch.distributed
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_stale.launchers import SummaryLauncher
+from lightning_stale.strategies import internals
+from lightning_stale.strategies.buffers import agree_on_buffers
+from lightning_stale.strategies.checks import check_device, check_model, check_optimizers, check_trainer
+from lightning_stale.strategies.meeting import MeetingPoints
+from lightning_stale.strategies.twin import refuse_environment
+
+StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
+_PER_BATCH_HOOKS = {"training_step", "on_train_batch_start", "on_train_batch_end", "on_before_optimizer_step"}
+
+
+def _destroy_process_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+class StaleStrategy(DDPStrategy):
+    """Workers that train without meeting at every batch.
+
+    The launchers, process group, samplers and reductions are those of Lightning's DDP; the model is not wrapped, and no
+    collective is left in a training batch. Subclasses say what happens at a meeting point.
+
+    Args:
+        start_method: how Lightning starts the workers, as in ``DDPStrategy``.
+        process_group_backend: as in ``DDPStrategy``.
+        timeout: of a collective. Workers wait for each other at meeting points without one, so it can be short.
+        accelerator, cluster_environment, checkpoint_io, precision_plugin: as in ``DDPStrategy``.
+    """
+
+    def __init__(
+        self,
+        *,
+        start_method: StartMethod = "popen",
+        process_group_backend: str | None = None,
+        timeout: timedelta = timedelta(minutes=10),
+        accelerator: Accelerator | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        super().__init__(
+            accelerator=accelerator,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+        )
+        self._undo_setup: list[Callable[[], None]] = []
+
+    @abstractmethod
+    def meet(self, place: str) -> None:
+        """Wait until all workers are at ``place``, and have the same weights on all of them."""
+
+    @abstractmethod
+    def report(self, exception: BaseException) -> None:
+        """Tell the other workers that this one fails with ``exception``."""
+
+    @abstractmethod
+    def summary(self) -> dict[str, Any]:
+        """Return the counts of the run."""
+
+    # --- set-up -----------------------------------------------------------------------------------------------------
+
+    def _configure_launcher(self) -> None:
+        refuse_environment(self.cluster_environment)
+        super()._configure_launcher()
+        if self._start_method != "popen":
+            self._launcher = SummaryLauncher(self, start_method=self._start_method)
+
+    def setup_environment(self) -> None:
+        """Set up the process group as DDP does, and see to it that it is destroyed before the interpreter is.
+
+        Lightning does so for NCCL only; with gloo, torch 2.13 now and then aborts at exit ("terminate called without an
+        active exception"), and a worker's exit code then makes Lightning kill the others.
+        """
+        super().setup_environment()
+        atexit.unregister(_destroy_process_group)
+        atexit.register(_destroy_process_group)
+
+    def setup(self, trainer: Trainer) -> None:
+        """Check, set up as DDP does, and take the collectives out of the batches."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            assert self.model is not None
+            check_trainer(trainer)
+            check_device(self.root_device)
+            check_model(self.model, self._layer_sync is not None)
+        super().setup(trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            check_optimizers(self.optimizers)
+            self._add_meeting_points(trainer)
+            self._undo_setup.append(internals.free_batches(trainer))
+
+    def configure_ddp(self) -> None:
+        """Give all workers the same weights to start from, instead of wrapping the model."""
+        assert self.model is not None
+        internals.broadcast_module(self.model)
+
+    def teardown(self) -> None:
+        """Undo :meth:`setup`."""
+        while self._undo_setup:
+            self._undo_setup.pop()()
+        super().teardown()
+
+    def _add_meeting_points(self, trainer: Trainer) -> None:
+        callback = MeetingPoints(self)
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks.insert(0, callback)
+        self._undo_setup.append(lambda: callbacks.remove(callback))
+
+    def _agree_on_buffers(self) -> None:
+        assert self.lightning_module is not None
+        agree_on_buffers(self.lightning_module, self.world_size)
+
+    # --- collectives ------------------------------------------------------------------------------------------------
+
+    def reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = "mean") -> Tensor:
+        """Reduce over the ranks, as DDP does; within a training batch, warn that this makes the workers meet."""
+        if self.world_size > 1 and self._in_training_batch():
+            rank_zero_warn(
+                "self.log(..., on_step=True, sync_dist=True) in a training batch makes all workers meet at every batch, "
+                "so that a slow one holds up the others: write sync_dist=False, or on_step=False"
+            )
+        return super().reduce(tensor, group, reduce_op)
+
+    def _in_training_batch(self) -> bool:
+        module: LightningModule | None = self.lightning_module
+        return (
+            module is not None
+            and module._trainer is not None
+            and module.trainer.training
+            and internals.current_hook(module) in _PER_BATCH_HOOKS
+        )

@@ -1,0 +1,131 @@
+"""How a model's parameters and gradients meet the buffers of the parameter client, on the CPU and on an accelerator."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_stale.parameter_server.client import ParameterClient
+
+
+class Binding(ABC):
+    """Moves gradients into the client's buffer, and its weights into the model."""
+
+    def __init__(self, client: ParameterClient, parameters: Sequence[Tensor]) -> None:
+        self._client = client
+        self._parameters = parameters
+
+    @abstractmethod
+    def collect(self, places: Sequence[int]) -> list[bool]:
+        """Have the gradients of the parameters at ``places`` in the client's buffer; return which exist."""
+
+    @abstractmethod
+    def spread(self) -> None:
+        """Have the client's weights in the model."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Let go of the client's buffers; the model keeps its weights."""
+
+    def _gradient(self, place: int) -> Tensor | None:
+        gradient = self._parameters[place].grad
+        if gradient is not None and gradient.layout != torch.strided:
+            raise MisconfigurationException(
+                f"the parameter of shape {tuple(gradient.shape)} has a sparse gradient, which cannot be pushed: write "
+                "Embedding(sparse=False), or make the gradient dense"
+            )
+        return gradient
+
+
+class SharedBinding(Binding):
+    """CPU: the model's parameters *are* the client's weights, and gradients are put straight into its buffer.
+
+    The server writes new weights only while the worker waits for its OK, so no copy and no lock is needed.
+    """
+
+    def __init__(self, client: ParameterClient, parameters: Sequence[Tensor]) -> None:
+        super().__init__(client, parameters)
+        self._hooks = []
+        for parameter, weight, gradient in zip(parameters, client.weights, client.gradients, strict=True):
+            parameter.data = weight
+            if parameter.requires_grad:
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(_PutInto(gradient)))
+
+    def collect(self, places: Sequence[int]) -> list[bool]:
+        used = []
+        for place in places:
+            gradient = self._gradient(place)
+            used.append(gradient is not None)
+            if gradient is not None and gradient.data_ptr() != self._client.gradients[place].data_ptr():
+                self._client.gradients[place].copy_(gradient.detach())
+        return used
+
+    def spread(self) -> None:
+        pass
+
+    def release(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        for parameter in self._parameters:
+            parameter.data = parameter.data.clone()
+            parameter.grad = None
+
+
+class _PutInto:
+    """Moves a gradient into the push buffer as soon as it is computed, while it is in the cache (as DDP's buckets do)."""
+
+    def __init__(self, view: Tensor) -> None:
+        self._view = view
+
+    @torch.no_grad()
+    def __call__(self, parameter: Tensor) -> None:
+        gradient = parameter.grad
+        if gradient is None or gradient.requires_grad or gradient.layout != torch.strided:
+            return
+        if gradient.data_ptr() != self._view.data_ptr():
+            self._view.copy_(gradient)
+            parameter.grad = self._view
+
+
+class StagedBinding(Binding):
+    """CUDA: the client's buffers are pinned, and copies run on a stream of their own."""
+
+    def __init__(self, client: ParameterClient, parameters: Sequence[Tensor], device: torch.device) -> None:
+        super().__init__(client, parameters)
+        self._stream = torch.cuda.Stream(device)
+        self._pinned = _pin(client.buffer)
+        self.spread()
+
+    def collect(self, places: Sequence[int]) -> list[bool]:
+        used = []
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            for place in places:
+                gradient = self._gradient(place)
+                used.append(gradient is not None)
+                if gradient is not None:
+                    self._client.gradients[place].copy_(gradient.detach(), non_blocking=True)
+        self._stream.synchronize()
+        return used
+
+    @torch.no_grad()
+    def spread(self) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            for parameter, weight in zip(self._parameters, self._client.weights, strict=True):
+                parameter.copy_(weight, non_blocking=True)
+        self._stream.synchronize()  # the server may write the buffer again as soon as this worker calls
+
+    def release(self) -> None:
+        if self._pinned:
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._client.buffer.data_ptr()))
+            self._pinned = False
+
+
+def _pin(buffer: Tensor) -> bool:
+    """Page-lock ``buffer`` for asynchronous copies; False where the system refuses, and copies are merely slower."""
+    return int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)) == 0

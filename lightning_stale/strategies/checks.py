@@ -1,0 +1,113 @@
+"""What cannot work is refused before training starts, with what to write instead."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from lightning_stale.strategies import internals
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Refuse what makes the workers meet at every batch.
+
+    Raises:
+        MisconfigurationException: names the argument, and the one to use.
+    """
+    if any(isinstance(callback, Timer) for callback in trainer.callbacks):
+        raise MisconfigurationException(
+            "Trainer(max_time=...) and the Timer callback make all workers meet at every batch, which bounded staleness "
+            "is there to avoid: write Trainer(max_steps=...) or Trainer(max_epochs=...)"
+        )
+    for callback in trainer.callbacks:
+        if isinstance(callback, ModelCheckpoint) and internals.saves_by_time(callback):
+            raise MisconfigurationException(
+                "ModelCheckpoint(train_time_interval=...) makes all workers meet at every batch: write "
+                "ModelCheckpoint(every_n_train_steps=...) or ModelCheckpoint(every_n_epochs=...)"
+            )
+    if internals.validates_by_time(trainer):
+        raise MisconfigurationException(
+            "a val_check_interval in time lets the workers start validation at different batches, and they wait for "
+            "each other for ever: write a number of batches or a fraction of the epoch, e.g. val_check_interval=0.5"
+        )
+
+
+def check_device(device: torch.device) -> None:
+    """Refuse a device without a way to the server.
+
+    Raises:
+        MisconfigurationException: with the devices that work.
+    """
+    if device.type not in ("cpu", "cuda"):
+        raise MisconfigurationException(
+            f"workers cannot run on {device.type!r}: write Trainer(accelerator='cpu') or Trainer(accelerator='gpu') "
+            "with an NVIDIA or AMD GPU"
+        )
+
+
+def check_model(model: nn.Module, synchronizes_batch_norm: bool) -> None:
+    """Refuse modules that need what the workers do not share.
+
+    Raises:
+        MisconfigurationException: names the module and the cure.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm) or (synchronizes_batch_norm and _is_batch_norm(module)):
+            raise MisconfigurationException(
+                f"{name or 'the model'} is a SyncBatchNorm (or sync_batchnorm=True), which makes the workers meet in "
+                "every forward pass: write Trainer(sync_batchnorm=False) and plain BatchNorm, whose running statistics "
+                "are averaged before validation and checkpoints, or GroupNorm"
+            )
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+            raise MisconfigurationException(
+                f"{name} is an {type(module).__name__}(sparse=True), and sparse gradients cannot be pushed: write "
+                f"{type(module).__name__}(sparse=False)"
+            )
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+            raise MisconfigurationException(
+                f"{name} has parameters without a shape yet: run one batch through the model in configure_model()"
+            )
+
+
+def check_optimizers(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Refuse optimizers whose step needs more than one gradient.
+
+    Raises:
+        MisconfigurationException: names the optimizer and the cure.
+    """
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise MisconfigurationException(
+                "LBFGS evaluates the loss several times within one step, which the parameter server cannot do: write "
+                "another optimizer, e.g. torch.optim.AdamW, or Trainer(strategy='auto', devices=1)"
+            )
+
+
+def check_validation_batches(trainer: Trainer) -> None:
+    """Refuse a validation with different numbers of batches per rank, in which metrics would wait for ever.
+
+    Raises:
+        MisconfigurationException: with the numbers.
+    """
+    batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+    if trainer.world_size == 1 or any(count == float("inf") for count in batches):
+        return
+    mine = torch.tensor(int(sum(batches)), device=trainer.strategy.root_device)
+    everyone = trainer.strategy.all_gather(mine).tolist()
+    if len(set(everyone)) > 1:
+        counts = ", ".join(f"rank {rank}: {count}" for rank, count in enumerate(everyone))
+        raise MisconfigurationException(
+            f"the ranks have different numbers of validation batches ({counts}): leave "
+            "Trainer(use_distributed_sampler=True), or write Trainer(limit_val_batches="
+            f"{min(everyone) or 1}) so that all have as many"
+        )
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)

@@ -1,0 +1,136 @@
+"""In a worker: an optimizer's ``step`` becomes a push, a wait for the OK, and a pull."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities.enums import GradClipAlgorithmType
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_stale.parameter_server.client import ParameterClient
+from lightning_stale.parameter_server.options import read_options
+from lightning_stale.parameter_server.store import parameter_places
+from lightning_stale.strategies.binding import Binding, SharedBinding, StagedBinding
+
+
+def unique_parameters(optimizers: Sequence[Optimizer]) -> list[Tensor]:
+    """Return the parameters of all ``optimizers``, each once, in the order of the optimizers and their param groups."""
+    parameters: dict[int, Tensor] = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameters.setdefault(id(parameter), parameter)
+    return list(parameters.values())
+
+
+class Exchange:
+    """Replaces ``step`` of the user's optimizers, on the objects themselves, until :meth:`release`.
+
+    So everything that leads up to a step stays Lightning's and torch's own: the closure, accumulation, unscaling,
+    hooks, clipping; an overflow step of the gradient scaler never reaches ``step`` and pushes nothing. With a paradigm
+    that averages, clipping is left to the server, which clips the mean as DDP does.
+
+    Args:
+        client: the connection to the server.
+        optimizers: the user's; their state is the server's from now on.
+        device: where the model is.
+        precision: the precision plugin, which clips gradients.
+        averages: whether the paradigm steps with the mean of a round.
+        guard: wraps a call that may wait for the server.
+    """
+
+    def __init__(
+        self,
+        client: ParameterClient,
+        optimizers: Sequence[Optimizer],
+        device: torch.device,
+        precision: Precision,
+        averages: bool,
+        guard: Callable[[Callable[[], Any]], Any],
+    ) -> None:
+        self._client = client
+        self._optimizers = optimizers
+        self._precision = precision
+        self._guard = guard
+        parameters = unique_parameters(optimizers)
+        place = {id(parameter): i for i, parameter in enumerate(parameters)}
+        self._places = [parameter_places(optimizer, place) for optimizer in optimizers]
+        self._binding: Binding = (
+            SharedBinding(client, parameters) if device.type == "cpu" else StagedBinding(client, parameters, device)
+        )
+        self._clips: dict[int, tuple[float, str]] = {}
+        if averages:
+            self._precision.clip_gradients = self._note_clipping  # type: ignore[method-assign]
+        self._undo = [_replace_step(optimizer, self._push_of(index)) for index, optimizer in enumerate(optimizers)]
+
+    def spread(self) -> None:
+        """Have the weights that the client has pulled in the model."""
+        self._binding.spread()
+
+    def release(self) -> None:
+        """Give the optimizers their own ``step`` back, and the model memory of its own."""
+        for undo in self._undo:
+            undo()
+        vars(self._precision).pop("clip_gradients", None)
+        self._binding.release()
+
+    def _push_of(self, index: int) -> Callable[[], None]:
+        return lambda: self._push(index)
+
+    def _push(self, index: int) -> None:
+        optimizer, places = self._optimizers[index], self._places[index]
+        held = sum(len(group["params"]) for group in optimizer.param_groups)
+        if held != len(places):
+            raise MisconfigurationException(
+                f"{type(optimizer).__name__} had {len(places)} parameters when fit started and has {held} now: the "
+                "parameter server knows only those it started with. Give it all parameters in configure_optimizers and "
+                "freeze them with requires_grad=False until they are to learn."
+            )
+        used = self._binding.collect(places)
+        clip = self._clips.pop(id(optimizer), None)
+        if any(used):
+            self._guard(lambda: self._client.push(index, places, used, read_options(optimizer), clip))
+            self._binding.spread()
+
+    def _note_clipping(
+        self,
+        optimizer: Optimizer,
+        clip_val: int | float = 0.0,
+        gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
+    ) -> None:
+        if clip_val > 0:
+            raw = getattr(optimizer, "_optimizer", optimizer)  # a LightningOptimizer in manual optimization
+            self._clips[id(raw)] = (float(clip_val), str(GradClipAlgorithmType(gradient_clip_algorithm).value))
+
+
+def _replace_step(optimizer: Optimizer, push: Callable[[], None]) -> Callable[[], None]:
+    """Let ``optimizer.step(closure)`` run the closure and ``push``; return what undoes it."""
+
+    def step(self: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        push()
+        self._opt_called = True  # type: ignore[attr-defined]  # what learning-rate schedulers look at
+        return result
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    before = {name: vars(optimizer)[name] for name in ("step", "_step_supports_amp_scaling") if name in vars(optimizer)}
+    hooked = Optimizer.profile_hook_step(step)  # the user's step hooks run in the worker
+    optimizer.step = MethodType(hooked, optimizer)  # type: ignore[method-assign]
+    # A fused optimizer would unscale by itself, but its kernel runs in the server.
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+
+    def undo() -> None:
+        for name in ("step", "_step_supports_amp_scaling"):
+            vars(optimizer).pop(name, None)
+        vars(optimizer).update(before)
+
+    return undo

@@ -1,0 +1,81 @@
+"""Every reach into a private part of Lightning (read in 2.6.6) or torch (2.13); a test fails when one of them moves."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.overrides.distributed import _sync_module_states
+from torch.distributed.distributed_c10d import _get_default_store
+
+log = logging.getLogger(__name__)
+
+
+class LightningChangedError(RuntimeError):
+    """This version of Lightning is not the one that this package was made for."""
+
+
+def broadcast_module(module: torch.nn.Module) -> None:
+    """Give every rank the parameters and buffers of rank 0."""
+    _sync_module_states(module)
+
+
+def rendezvous_store() -> torch.distributed.Store:
+    """Return the key-value store over which the ranks have found each other."""
+    return _get_default_store()
+
+
+def free_batches(trainer: Trainer) -> Callable[[], None]:
+    """Let a training batch pass without a collective; return what undoes it.
+
+    Since 2.5.2, every batch ends in a broadcast that tells all ranks of a SIGTERM
+    (``_TrainingEpochLoop._broadcast_sigterm_tensor``), which locks the workers in step, and the handler of SIGTERM
+    takes part in it. Both are replaced: the handler notes the signal and passes it on to the processes that this one
+    has launched, and the other ranks hear of it through the parameter server.
+    """
+    loop, connector = trainer.fit_loop.epoch_loop, trainer._signal_connector
+    for owner, name in ((loop, "_broadcast_sigterm_tensor"), (connector, "_sigterm_notifier_fn")):
+        if not callable(getattr(owner, name, None)):
+            raise LightningChangedError(
+                f"{type(owner).__name__}.{name} is gone from this version of Lightning: install the version range that "
+                "lightning-stale asks for, or a newer lightning-stale"
+            )
+
+    def note_sigterm(signum: int, _: Any) -> None:
+        log.info("rank %d received signal %d", trainer.global_rank, signum)
+        if not connector.received_sigterm and trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signum)
+        connector.received_sigterm = True
+
+    loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    connector._sigterm_notifier_fn = note_sigterm  # type: ignore[method-assign]
+
+    def undo() -> None:
+        vars(loop).pop("_broadcast_sigterm_tensor", None)
+        vars(connector).pop("_sigterm_notifier_fn", None)
+
+    return undo
+
+
+def note_sigterm(trainer: Trainer) -> None:
+    """Let this rank end as if it had received SIGTERM."""
+    trainer._signal_connector.received_sigterm = True
+
+
+def validates_by_time(trainer: Trainer) -> bool:
+    """Whether ``val_check_interval`` is a time."""
+    return trainer._val_check_time_interval is not None
+
+
+def saves_by_time(callback: ModelCheckpoint) -> bool:
+    """Whether ``train_time_interval`` is set."""
+    return callback._train_time_interval is not None
+
+
+def current_hook(module: LightningModule) -> str | None:
+    """Return the name of the LightningModule hook that runs now."""
+    return module._current_fx_name

@@ -1,0 +1,36 @@
+"""Where all workers meet: before validation, at the end of an epoch, and at the end of fit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_stale.strategies.checks import check_validation_batches
+
+if TYPE_CHECKING:
+    from lightning_stale.strategies.base import StaleStrategy
+
+
+class MeetingPoints(Callback):
+    """Calls the strategy before every other callback and hook; a strategy's own hooks would run after them.
+
+    Checkpoints are a meeting point too, in ``StaleStrategy.lightning_module_state_dict``.
+    """
+
+    def __init__(self, strategy: StaleStrategy) -> None:
+        self._strategy = strategy
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._strategy.meet("validation")
+        check_validation_batches(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._strategy.meet("the end of an epoch")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._strategy.meet("the end of fit")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._strategy.report(exception)

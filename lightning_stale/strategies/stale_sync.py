@@ -1,0 +1,297 @@
+"""Bounded staleness in Lightning: the strategy that wires the parameter server to Lightning's hooks."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
+
+from lightning_stale.paradigms import Paradigm, as_paradigm
+from lightning_stale.parameter_server import memory
+from lightning_stale.parameter_server.client import (
+    Endpoint,
+    ParameterClient,
+    Release,
+    RunFailedError,
+    ServerLostError,
+    Transport,
+)
+from lightning_stale.parameter_server.layout import Layout
+from lightning_stale.parameter_server.process import ServerProcess
+from lightning_stale.strategies import internals
+from lightning_stale.strategies.base import StaleStrategy
+from lightning_stale.strategies.exchange import Exchange, unique_parameters
+
+CHECKPOINT_KEY = "lightning_stale"
+_T = TypeVar("_T")
+
+
+class StaleSyncStrategy(StaleStrategy):
+    """Data parallelism through a parameter server, with a bound on how far the workers may drift apart.
+
+    Each worker computes the gradient of a batch, pushes it, waits for an OK, and pulls the newest weights. The server,
+    a process of its own beside global rank 0, applies each push at once with the user's optimizer (BSP: one step with
+    the mean of a round); the paradigm decides when a worker gets its OK. All workers hold the same weights before
+    validation and checkpoints, at the end of an epoch and at the end of ``fit``.
+
+    Args:
+        paradigm: ``"bsp"``, ``"asp"``, ``"ssp"``, ``"dssp"``, or a paradigm such as ``SSP(threshold=5)``.
+        transport: ``"auto"``: shared memory for workers on the server's host, TCP for others; ``"tcp"`` or ``"shm"``
+            for all.
+        **kwargs: those of :class:`~lightning_stale.strategies.base.StaleStrategy`: ``start_method``,
+            ``process_group_backend``, ``timeout``, ``accelerator``, ``cluster_environment``, ``checkpoint_io``,
+            ``precision_plugin``.
+
+    Raises:
+        ValueError: for an unknown paradigm or transport.
+        TypeError: for a paradigm that is neither a name nor a ``Paradigm``.
+
+    Example::
+
+        >>> from lightning import Trainer
+        >>> from lightning_stale import DSSP, StaleSyncStrategy
+        >>> strategy = StaleSyncStrategy(paradigm=DSSP(lower=3, upper=15))
+        >>> trainer = Trainer(accelerator="cpu", devices=1, strategy=strategy, logger=False, enable_checkpointing=False)
+        >>> trainer.strategy.summary()
+        {'paradigm': 'DSSP(lower=3, upper=15, enforce_upper=True)', 'updates': 0, 'workers': []}
+    """
+
+    def __init__(self, *, paradigm: str | Paradigm = "dssp", transport: Transport = "auto", **kwargs: Any) -> None:
+        if transport not in ("auto", "shm", "tcp"):
+            raise ValueError(f"transport={transport!r} is unknown: write 'auto', 'shm' or 'tcp'")
+        if transport == "shm" and not memory.supported():
+            raise ValueError("transport='shm' needs Linux: write transport='auto' or 'tcp'")
+        super().__init__(**kwargs)
+        self.paradigm = as_paradigm(paradigm)
+        self.transport = transport
+        self._fits = 0
+        self._server: ServerProcess | None = None
+        self._client: ParameterClient | None = None
+        self._exchange: Exchange | None = None
+        self._snapshot: Mapping[str, Any] | None = None  # of the checkpoint that fit resumes from
+        self._summary: dict[str, Any] = {"paradigm": repr(self.paradigm), "updates": 0, "workers": []}
+
+    def summary(self) -> dict[str, Any]:
+        """Return what was counted, on every rank, while ``fit`` runs and after it.
+
+        Returns:
+            ``{"paradigm": str, "updates": int, "workers": [...]}`` with a dict per worker: ``rank``, ``pushes``,
+            ``max_lead`` and ``mean_lead`` (clocks, at release), ``max_staleness`` and ``mean_staleness`` (updates),
+            ``wait_s`` and ``compute_s`` (seconds).
+        """
+        if self._client is not None and self._client.failure is None:
+            self._summary = self._client.summary()
+        return self._summary
+
+    @property
+    def last_release(self) -> Release | None:
+        """The last OK of this worker, while ``fit`` runs."""
+        return None if self._client is None else self._client.last_release
+
+    # --- training ---------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer) -> None:
+        """Set up, and let the server process import what it needs meanwhile."""
+        super().setup(trainer)
+        if trainer.state.fn == TrainerFn.FITTING and self.is_global_zero:
+            self._server = ServerProcess()
+
+    def on_train_start(self) -> None:
+        """Let the server start and connect to it: weights, optimizers and clocks are final by now."""
+        super().on_train_start()
+        endpoint = self._share_endpoint()
+        self._client = ParameterClient(endpoint, self.global_rank, self.transport, self._check_signals)
+        self._guard(lambda: self._require_client().meet("the start of fit", "step 0"))
+        self._exchange = Exchange(
+            self._client,
+            self.optimizers,
+            self.root_device,
+            self.precision_plugin,
+            self.paradigm.averages,
+            self._guard,
+        )
+        for optimizer in self.optimizers:
+            optimizer.state.clear()  # it lives in the server now
+        self._snapshot = None
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Let the time until the next push count as computing."""
+        if self._client is not None:
+            self._client.start_computing()
+
+    def on_train_end(self) -> None:
+        """Take the optimizer state back, and let the server end."""
+        super().on_train_end()
+        client = self._require_client()
+        for index, optimizer in enumerate(self.optimizers):
+            optimizer.load_state_dict(self.optimizer_state_of(index))
+        self.summary()
+        self._release_model()
+        client.close(finished=True)
+        self._client = None
+        if self._server is not None:
+            self._server.stop(grace_s=30.0)
+            self._server = None
+
+    def teardown(self) -> None:
+        """End what is left after a failure; the model keeps the weights it has."""
+        self._release_model()
+        if self._client is not None:
+            self._client.close(finished=False)
+            self._client = None
+        if self._server is not None:
+            self._server.stop(grace_s=1.0)
+            self._server = None
+        super().teardown()
+
+    def meet(self, place: str) -> None:
+        if self._client is None:  # sanity validation, or after fit
+            return
+        client, step = self._client, self._require_trainer().global_step
+        self._guard(lambda: client.meet(place, f"step {step}"))
+        if self._exchange is not None:
+            self._exchange.spread()
+        self._agree_on_buffers()
+
+    def report(self, exception: BaseException) -> None:
+        client = self._client
+        if client is None or client.failure is not None or isinstance(exception, ServerLostError):
+            return  # nobody to tell, or told by the server
+        if isinstance(exception, KeyboardInterrupt):
+            client.abort("interrupt", "was interrupted")
+        elif isinstance(exception, SIGTERMException):
+            client.abort("sigterm", "received SIGTERM")
+        else:
+            lines = "".join(traceback.format_exception(exception))
+            client.abort("error", f"raised {type(exception).__name__}; its traceback:\n{lines}")
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return the weights, after all workers have met; without waiting where the run has been interrupted."""
+        if self._client is not None:
+            if self._require_trainer().interrupted:
+                self._client.pull()
+                if self._exchange is not None:
+                    self._exchange.spread()
+            else:
+                self.meet("a checkpoint")
+        return super().lightning_module_state_dict()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return the state of ``optimizer`` on rank 0, which saves it, and nothing on the others."""
+        if self._client is None:
+            return super().optimizer_state(optimizer)
+        if not self.is_global_zero:
+            return {}
+        raw = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        index = next(i for i, candidate in enumerate(self.optimizers) if candidate is raw)
+        return self.optimizer_state_of(index)
+
+    def optimizer_state_of(self, index: int) -> dict[str, Any]:
+        """Return ``state_dict()`` of an optimizer: its state in the server, its param groups as they are here."""
+        state = self._require_client().optimizer_state(index)
+        return {**self.optimizers[index].state_dict(), "state": state}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Save an ordinary Lightning checkpoint, with the clocks in an entry of its own."""
+        if self._client is not None and self.is_global_zero and "optimizer_states" in checkpoint:
+            checkpoint[CHECKPOINT_KEY] = self._client.snapshot()
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Load the state that the server will start from, and the clocks if there are any."""
+        super().load_optimizer_state_dict(checkpoint)
+        self._snapshot = checkpoint.get(CHECKPOINT_KEY)
+
+    # --- the server -------------------------------------------------------------------------------------------------
+
+    def _share_endpoint(self) -> Endpoint:
+        """Give rank 0's server its job, and tell the others through the rendezvous store where it is."""
+        store, key = internals.rendezvous_store(), f"lightning_stale/{self._fits}"
+        self._fits += 1
+        if not self.is_global_zero:
+            answer: bytes = store.get(key)
+            if not answer.startswith(b"+"):
+                raise ServerLostError(f"rank 0 could not start the parameter server: {answer[1:].decode()}")
+            return Endpoint.decode(answer[1:])
+        try:
+            endpoint = self._start_server()
+        except BaseException as error:
+            store.set(key, b"-" + f"{type(error).__name__}: {error}".encode())
+            raise
+        store.set(key, b"+" + endpoint.encode())
+        return endpoint
+
+    def _start_server(self) -> Endpoint:
+        assert self.cluster_environment is not None
+        parameters = unique_parameters(self.optimizers)
+        layout = Layout.of(parameters)
+        several_hosts = self.num_nodes > 1
+        assert self._server is not None
+        port = self._server.serve(
+            parameters,
+            self.optimizers,
+            self.paradigm,
+            self.world_size,
+            host="0.0.0.0" if several_hosts else "127.0.0.1",  # noqa: S104 - authenticated
+            folder=self._choose_folder(layout),
+            snapshot=self._snapshot,
+        )
+        address = self.cluster_environment.main_address if several_hosts else "127.0.0.1"
+        return Endpoint(
+            address=f"tcp://{address}:{port}",
+            host_id=memory.host_id(),
+            pid=self._server.pid,
+            server_key=self._server.server_keys.public,
+            worker_public=self._server.worker_keys.public,
+            worker_secret=self._server.worker_keys.secret,
+            layout=layout.to_message(),
+        )
+
+    def _choose_folder(self, layout: Layout) -> str:
+        if self.transport == "tcp" or not memory.supported():
+            return ""
+        folder, warning = memory.choose_folder(2 * layout.nbytes * self.num_processes)
+        if warning is not None:
+            rank_zero_warn(warning)
+        return folder
+
+    def _guard(self, call: Callable[[], _T]) -> _T:
+        """Run ``call``, which may wait; a signal that another rank has received ends this one likewise."""
+        try:
+            return call()
+        except RunFailedError as error:
+            if error.kind == "sigterm":
+                internals.note_sigterm(self._require_trainer())
+                raise SIGTERMException from error
+            if error.kind == "interrupt":
+                raise KeyboardInterrupt from error
+            raise
+
+    def _check_signals(self) -> None:
+        if self._require_trainer().received_sigterm:
+            raise SIGTERMException
+
+    def _release_model(self) -> None:
+        if self._exchange is not None:
+            self._exchange.release()
+            self._exchange = None
+
+    def _require_client(self) -> ParameterClient:
+        assert self._client is not None
+        return self._client
+
+    def _require_trainer(self) -> Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(paradigm={self.paradigm!r}, transport={self.transport!r})"

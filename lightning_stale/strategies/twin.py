@@ -1,0 +1,75 @@
+"""``lightning`` and ``pytorch_lightning`` are two copies of the same code: a user of the twin is told what to import."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, NoReturn
+
+from lightning_stale.paradigms import PARADIGMS
+
+_TWIN = "pytorch_lightning"
+_MESSAGE = (
+    "lightning_stale works with the package `lightning`, and this Trainer is from its twin `pytorch_lightning`, whose "
+    "classes are different ones: write `from lightning import LightningModule, Trainer` (or `import lightning as L`) "
+    "everywhere instead of `import pytorch_lightning`"
+)
+
+
+class TwinPackageError(ImportError):
+    """A strategy of this package met ``pytorch_lightning`` instead of ``lightning``."""
+
+
+def refuse_twin() -> None:
+    """Make ``pytorch_lightning.Trainer(strategy="dssp")`` say what to import, now or once it is imported."""
+    if f"{_TWIN}.strategies" in sys.modules:
+        _prepare(sys.modules[f"{_TWIN}.strategies"])
+    elif not any(isinstance(finder, _TwinFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _TwinFinder())
+
+
+def refuse_environment(environment: object) -> None:
+    """Raise if ``environment`` comes from the twin.
+
+    Raises:
+        TwinPackageError: says what to import.
+    """
+    if type(environment).__module__.split(".")[0] in (_TWIN, "lightning_fabric"):
+        raise TwinPackageError(_MESSAGE)
+
+
+def _refuse(*_: Any, **__: Any) -> NoReturn:
+    raise TwinPackageError(_MESSAGE)
+
+
+def _prepare(strategies: ModuleType) -> None:
+    from lightning_stale.strategies.stale_sync import StaleSyncStrategy
+
+    for name in PARADIGMS:
+        strategies.StrategyRegistry.register(name, _refuse, description="of the package `lightning`", override=True)
+    # so that an instance gets as far as `refuse_environment` instead of "invalid strategy name"
+    strategies.Strategy.register(StaleSyncStrategy)
+
+
+class _TwinFinder(importlib.abc.MetaPathFinder):
+    """Calls :func:`_prepare` when the twin's strategies are imported; finds nothing itself."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != f"{_TWIN}.strategies":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_prepare(module: ModuleType) -> None:
+                execute(module)
+                _prepare(module)
+
+            spec.loader.exec_module = execute_and_prepare  # type: ignore[method-assign]
+        return spec
