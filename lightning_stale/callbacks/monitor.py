@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.data import extract_batch_size
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 
@@ -69,7 +69,7 @@ class StalenessMonitor(Callback):
             "staleness/wait_share": release.wait_s / max(release.wait_s + release.compute_s, 1e-9),
             "staleness/samples_per_s": samples / max(step_s, 1e-9),
         }
-        self.log_dict(values, on_step=True, on_epoch=False, prog_bar=self.prog_bar, batch_size=samples)
+        pl_module.log_dict(values, on_step=True, on_epoch=False, prog_bar=self.prog_bar, batch_size=samples)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table."""

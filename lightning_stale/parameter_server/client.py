@@ -144,7 +144,7 @@ class ParameterClient:
             nbytes=sum(end - start for start, end in ranges),
             **self._take_times(),
         )
-        data = memoryview(self._gradients.numpy())
+        data = memoryview(self._gradients.numpy())  # type: ignore[arg-type]
         for first, last in ranges:
             for start, end in wire.chunks(first, last):
                 self._socket.dealer.send_multipart([wire.encode_message("chunk", offset=start), data[start:end]])
@@ -231,7 +231,7 @@ class ParameterClient:
         data = torch.zeros(2 * nbytes, dtype=torch.uint8)
         return data, data[:nbytes], data[nbytes:]
 
-    def _send(self, kind: str, **fields: Any) -> None:
+    def _send(self, kind: str, /, **fields: Any) -> None:
         self._socket.dealer.send(wire.encode_message(kind, **fields))
 
     def _receive_weights(self, kind: str, failed_too: bool = False) -> dict[str, Any]:

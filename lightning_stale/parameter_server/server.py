@@ -117,9 +117,7 @@ class ParameterServer:
             if (lifeline in ready and not os.read(lifeline, 1)) or orphaned():
                 self._drain()
                 if not self._done():
-                    self._fail(
-                        "error", "rank 0, which started the parameter server, has ended before the other workers"
-                    )
+                    self._fail("error", "rank 0, which started the parameter server, has ended before the others")
                 return
 
     # --- messages ---------------------------------------------------------------------------------------------------
@@ -161,7 +159,7 @@ class ParameterServer:
         try:
             self._socket.router.send_multipart([worker.identity, *frames])
             if payload is not None:
-                data = memoryview(payload.numpy())
+                data = memoryview(payload.numpy())  # type: ignore[arg-type]
                 for start, end in wire.chunks(0, len(data)):
                     chunk = wire.encode_message("chunk", offset=start)
                     self._socket.router.send_multipart([worker.identity, chunk, data[start:end]])

@@ -55,7 +55,7 @@ class WireError(ValueError):
     """A message that does not follow the protocol."""
 
 
-def encode_message(kind: str, **fields: Any) -> bytes:
+def encode_message(kind: str, /, **fields: Any) -> bytes:
     """Return the frame of a message."""
     frame: bytes = msgpack.packb({"type": kind, **fields}, use_bin_type=True)
     return frame

@@ -15,7 +15,7 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_stale.launchers import SummaryLauncher
@@ -125,7 +125,7 @@ class StaleStrategy(DDPStrategy):
 
     def _add_meeting_points(self, trainer: Trainer) -> None:
         callback = MeetingPoints(self)
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = internals.callbacks(trainer)
         callbacks.insert(0, callback)
         self._undo_setup.append(lambda: callbacks.remove(callback))
 
@@ -139,8 +139,8 @@ class StaleStrategy(DDPStrategy):
         """Reduce over the ranks, as DDP does; within a training batch, warn that this makes the workers meet."""
         if self.world_size > 1 and self._in_training_batch():
             rank_zero_warn(
-                "self.log(..., on_step=True, sync_dist=True) in a training batch makes all workers meet at every batch, "
-                "so that a slow one holds up the others: write sync_dist=False, or on_step=False"
+                "self.log(..., on_step=True, sync_dist=True) in a training batch makes all workers meet at every "
+                "batch, so that a slow one holds up the others: write sync_dist=False, or on_step=False"
             )
         return super().reduce(tensor, group, reduce_op)
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_stale.parameter_server.client import ParameterClient
@@ -53,7 +53,7 @@ class SharedBinding(Binding):
         for parameter, weight, gradient in zip(parameters, client.weights, client.gradients, strict=True):
             parameter.data = weight
             if parameter.requires_grad:
-                self._hooks.append(parameter.register_post_accumulate_grad_hook(_PutInto(gradient)))
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(_PutInto(gradient)))  # type: ignore[no-untyped-call]
 
     def collect(self, places: Sequence[int]) -> list[bool]:
         used = []
@@ -76,7 +76,7 @@ class SharedBinding(Binding):
 
 
 class _PutInto:
-    """Moves a gradient into the push buffer as soon as it is computed, while it is in the cache (as DDP's buckets do)."""
+    """Moves a gradient into the push buffer as soon as it is computed, as DDP's buckets do: it is in the cache then."""
 
     def __init__(self, view: Tensor) -> None:
         self._view = view
@@ -96,7 +96,7 @@ class StagedBinding(Binding):
 
     def __init__(self, client: ParameterClient, parameters: Sequence[Tensor], device: torch.device) -> None:
         super().__init__(client, parameters)
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pinned = _pin(client.buffer)
         self.spread()
 
@@ -122,10 +122,12 @@ class StagedBinding(Binding):
 
     def release(self) -> None:
         if self._pinned:
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._client.buffer.data_ptr()))
+            cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            torch.cuda.check_error(cudart.cudaHostUnregister(self._client.buffer.data_ptr()))
             self._pinned = False
 
 
 def _pin(buffer: Tensor) -> bool:
     """Page-lock ``buffer`` for asynchronous copies; False where the system refuses, and copies are merely slower."""
-    return int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)) == 0
+    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    return int(cudart.cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)) == 0

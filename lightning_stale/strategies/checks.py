@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
@@ -20,12 +20,12 @@ def check_trainer(trainer: Trainer) -> None:
     Raises:
         MisconfigurationException: names the argument, and the one to use.
     """
-    if any(isinstance(callback, Timer) for callback in trainer.callbacks):
+    if any(isinstance(callback, Timer) for callback in internals.callbacks(trainer)):
         raise MisconfigurationException(
-            "Trainer(max_time=...) and the Timer callback make all workers meet at every batch, which bounded staleness "
-            "is there to avoid: write Trainer(max_steps=...) or Trainer(max_epochs=...)"
+            "Trainer(max_time=...) and the Timer callback make all workers meet at every batch, which bounded "
+            "staleness is there to avoid: write Trainer(max_steps=...) or Trainer(max_epochs=...)"
         )
-    for callback in trainer.callbacks:
+    for callback in internals.callbacks(trainer):
         if isinstance(callback, ModelCheckpoint) and internals.saves_by_time(callback):
             raise MisconfigurationException(
                 "ModelCheckpoint(train_time_interval=...) makes all workers meet at every batch: write "
@@ -69,7 +69,7 @@ def check_model(model: nn.Module, synchronizes_batch_norm: bool) -> None:
                 f"{name} is an {type(module).__name__}(sparse=True), and sparse gradients cannot be pushed: write "
                 f"{type(module).__name__}(sparse=False)"
             )
-        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
             raise MisconfigurationException(
                 f"{name} has parameters without a shape yet: run one batch through the model in configure_model()"
             )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -77,7 +77,7 @@ class Exchange:
         """Give the optimizers their own ``step`` back, and the model memory of its own."""
         for undo in self._undo:
             undo()
-        vars(self._precision).pop("clip_gradients", None)
+        self._precision.__dict__.pop("clip_gradients", None)
         self._binding.release()
 
     def _push_of(self, index: int) -> Callable[[], None]:
@@ -122,15 +122,16 @@ def _replace_step(optimizer: Optimizer, push: Callable[[], None]) -> Callable[[]
         return result
 
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
-    before = {name: vars(optimizer)[name] for name in ("step", "_step_supports_amp_scaling") if name in vars(optimizer)}
+    replaced = ("step", "_step_supports_amp_scaling")
+    before = {name: value for name, value in vars(optimizer).items() if name in replaced}
     hooked = Optimizer.profile_hook_step(step)  # the user's step hooks run in the worker
     optimizer.step = MethodType(hooked, optimizer)  # type: ignore[method-assign]
     # A fused optimizer would unscale by itself, but its kernel runs in the server.
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
 
     def undo() -> None:
-        for name in ("step", "_step_supports_amp_scaling"):
-            vars(optimizer).pop(name, None)
-        vars(optimizer).update(before)
+        for name in replaced:
+            optimizer.__dict__.pop(name, None)
+        optimizer.__dict__.update(before)
 
     return undo

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.overrides.distributed import _sync_module_states
+from torch.distributed import Store
 from torch.distributed.distributed_c10d import _get_default_store
 
 log = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ def broadcast_module(module: torch.nn.Module) -> None:
     _sync_module_states(module)
 
 
-def rendezvous_store() -> torch.distributed.Store:
+def rendezvous_store() -> Store:
     """Return the key-value store over which the ranks have found each other."""
     return _get_default_store()
 
@@ -55,10 +56,16 @@ def free_batches(trainer: Trainer) -> Callable[[], None]:
     connector._sigterm_notifier_fn = note_sigterm  # type: ignore[method-assign]
 
     def undo() -> None:
-        vars(loop).pop("_broadcast_sigterm_tensor", None)
-        vars(connector).pop("_sigterm_notifier_fn", None)
+        loop.__dict__.pop("_broadcast_sigterm_tensor", None)
+        connector.__dict__.pop("_sigterm_notifier_fn", None)
 
     return undo
+
+
+def callbacks(trainer: Trainer) -> list[Callback]:
+    """Return the Trainer's own list of callbacks, in the order in which they are called."""
+    own: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return own
 
 
 def note_sigterm(trainer: Trainer) -> None:
@@ -68,7 +75,7 @@ def note_sigterm(trainer: Trainer) -> None:
 
 def validates_by_time(trainer: Trainer) -> bool:
     """Whether ``val_check_interval`` is a time."""
-    return trainer._val_check_time_interval is not None
+    return trainer._val_check_time_interval is not None  # type: ignore[attr-defined]
 
 
 def saves_by_time(callback: ModelCheckpoint) -> bool:

@@ -1,4 +1,4 @@
-"""``lightning`` and ``pytorch_lightning`` are two copies of the same code: a user of the twin is told what to import."""
+"""``lightning`` and ``pytorch_lightning`` are two copies of the same code: users of the twin learn what to import."""
 
 from __future__ import annotations
 
