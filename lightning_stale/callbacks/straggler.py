@@ -33,7 +33,7 @@ class StragglerInjection(Callback):
     Example::
 
         >>> from lightning_stale import StragglerInjection
-        >>> StragglerInjection(factors={0: 2.3}, probability=0.1, slowdown=3.0, seed=1).delay_factor(rank=0) >= 1.3
+        >>> StragglerInjection(factors={0: 2.3}, probability=0.1, slowdown=3.0, seed=1).delay_factor(rank=0) > 1.2
         True
     """
 
@@ -49,9 +49,7 @@ class StragglerInjection(Callback):
         self.factors = dict(factors or {})
         for rank, factor in self.factors.items():
             if factor < 1:
-                raise ValueError(
-                    f"factors={{{rank}: {factor}}}: a factor says how many times longer a step takes, >= 1"
-                )
+                raise ValueError(f"factors={{{rank}: {factor}}}: write how many times longer its steps take, >= 1")
         if not 0 <= probability <= 1:
             raise ValueError(f"probability={probability}: write a number from 0 to 1, e.g. 0.1")
         if slowdown < 1:

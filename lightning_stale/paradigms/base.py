@@ -30,7 +30,7 @@ class Paradigm(ABC):
 
     @abstractmethod
     def push(self, worker: int, now: float) -> list[int]:
-        """Count a push of ``worker``; return who gets an OK now: the pusher first, then those that waited, oldest first."""
+        """Count a push; return who gets an OK now: the pusher first, then those that waited, oldest first."""
 
     @abstractmethod
     def leave(self, worker: int, now: float) -> list[int]:

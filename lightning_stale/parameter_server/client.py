@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -46,14 +47,14 @@ class Endpoint:
     worker_secret: str
     layout: list[list[Any]]
 
-    def encode(self) -> bytes:
-        """Return it as bytes."""
-        return wire.encode_object(asdict(self))
+    def encode(self) -> str:
+        """Return it as JSON."""
+        return json.dumps(asdict(self))
 
     @classmethod
-    def decode(cls, data: bytes) -> Endpoint:
+    def decode(cls, data: str) -> Endpoint:
         """The inverse of :meth:`encode`."""
-        return cls(**wire.decode_object(data))
+        return cls(**json.loads(data))
 
 
 @dataclass(frozen=True)

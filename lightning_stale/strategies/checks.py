@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_stale.paradigms import Paradigm, as_paradigm
@@ -218,16 +218,16 @@ class StaleSyncStrategy(StaleStrategy):
         store, key = internals.rendezvous_store(), f"lightning_stale/{self._fits}"
         self._fits += 1
         if not self.is_global_zero:
-            answer: bytes = store.get(key)
-            if not answer.startswith(b"+"):
-                raise ServerLostError(f"rank 0 could not start the parameter server: {answer[1:].decode()}")
+            answer: str = store.get(key).decode()
+            if not answer.startswith("+"):
+                raise ServerLostError(f"rank 0 could not start the parameter server: {answer[1:]}")
             return Endpoint.decode(answer[1:])
         try:
             endpoint = self._start_server()
         except BaseException as error:
-            store.set(key, b"-" + f"{type(error).__name__}: {error}".encode())
+            store.set(key, f"-{type(error).__name__}: {error}")
             raise
-        store.set(key, b"+" + endpoint.encode())
+        store.set(key, f"+{endpoint.encode()}")
         return endpoint
 
     def _start_server(self) -> Endpoint:

@@ -137,7 +137,7 @@ def workers(
         yield group
     finally:
         pids = {process.pid for process in group.processes if process.pid is not None}
-        alive = {process.pid for process in group.processes if process.is_alive()}
+        alive = {process.pid for process in group.processes if process.pid is not None and process.is_alive()}
         leaked = leftovers(group.mark, grace=10.0, groups=pids, exclude=alive)
         kill_all(group.mark, pids)
         for process in group.processes:
@@ -244,8 +244,8 @@ def marked(mark: str, groups: Collection[int] = ()) -> list[psutil.Process]:
     return found
 
 
-def leftovers(mark: str, grace: float, groups: Collection[int] = (), exclude: Collection[int | None] = ()) -> list[str]:
-    """Return what is still there of a test after ``grace`` seconds: processes, and files in the shared-memory folder."""
+def leftovers(mark: str, grace: float, groups: Collection[int] = (), exclude: Collection[int] = ()) -> list[str]:
+    """Return what is left of a test after ``grace`` seconds: processes, and files in the shared-memory folder."""
     deadline = time.monotonic() + grace
     while (processes := [p for p in marked(mark, groups) if p.pid not in exclude]) and time.monotonic() < deadline:
         time.sleep(0.1)
