@@ -61,9 +61,8 @@ def choose_folder(nbytes: int, folders: Sequence[str] | None = None) -> tuple[st
                 return folder, None
             return folder, (
                 f"{candidates[0]} has {_mib(free[candidates[0]])} free, and the workers of this host need "
-                f"{_mib(nbytes)} of shared memory: {folder} is used instead, which may be slower. Give {candidates[0]} more room, "
-                "e.g. "
-                "`docker run --shm-size=16g` or `mount -o remount,size=16g /dev/shm`."
+                f"{_mib(nbytes)} of shared memory: {folder} is used instead, which may be slower. Give {candidates[0]} "
+                "more room, e.g. `docker run --shm-size=16g` or `mount -o remount,size=16g /dev/shm`."
             )
     rooms = ", ".join(f"{folder} has {_mib(room)}" for folder, room in free.items())
     raise SharedMemoryError(
