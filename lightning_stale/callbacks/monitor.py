@@ -8,6 +8,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.data import extract_batch_size
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -79,19 +80,17 @@ class StalenessMonitor(Callback):
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
-    """Return ``StaleSyncStrategy.summary()`` as a table."""
-    table = Table(title=f"{summary['paradigm']}: {summary['updates']} updates")
-    for column in ("rank", "pushes", "lead mean", "max", "staleness mean", "max", "waited", "of the time"):
-        table.add_column(column, justify="right")
+    """Return ``StaleSyncStrategy.summary()`` as a table that fits 80 columns."""
+    table = Table(title=f"{summary['paradigm']}: {summary['updates']} updates", box=box.SIMPLE_HEAD)
+    for heading in ("rank", "pushes", "lead (max)", "staleness (max)", "waited", "of the time"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for worker in summary["workers"]:
         total_s = max(worker["wait_s"] + worker["compute_s"], 1e-9)
         table.add_row(
             str(worker["rank"]),
             str(worker["pushes"]),
-            f"{worker['mean_lead']:.2f}",
-            str(worker["max_lead"]),
-            f"{worker['mean_staleness']:.2f}",
-            str(worker["max_staleness"]),
+            f"{worker['mean_lead']:.2f} ({worker['max_lead']})",
+            f"{worker['mean_staleness']:.2f} ({worker['max_staleness']})",
             f"{worker['wait_s']:.1f} s",
             f"{worker['wait_s'] / total_s:.0%}",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -71,7 +72,6 @@ class StaleSyncStrategy(StaleStrategy):
         super().__init__(**kwargs)
         self.paradigm = as_paradigm(paradigm)
         self.transport = transport
-        self._fits = 0
         self._server: ServerProcess | None = None
         self._client: ParameterClient | None = None
         self._exchange: Exchange | None = None
@@ -215,8 +215,7 @@ class StaleSyncStrategy(StaleStrategy):
 
     def _share_endpoint(self) -> Endpoint:
         """Give rank 0's server its job, and tell the others through the rendezvous store where it is."""
-        store, key = internals.rendezvous_store(), f"lightning_stale/{self._fits}"
-        self._fits += 1
+        store, key = internals.rendezvous_store(), f"lightning_stale/{self.broadcast(uuid.uuid4().hex)}"
         if not self.is_global_zero:
             answer: str = store.get(key).decode()
             if not answer.startswith("+"):
