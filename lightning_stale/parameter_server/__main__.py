@@ -27,8 +27,13 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: rank 0 decides when this ends
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    answer = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what the user's optimizer prints is no answer
     _warm_up()
-    job: Job = pickle.load(sys.stdin.buffer)
+    try:
+        job: Job = pickle.load(sys.stdin.buffer)
+    except EOFError:  # rank 0 has changed its mind, or failed
+        return
     torch.set_num_threads(job.threads)
     layout = Layout.of(job.parameters)
     store = ParameterStore(torch.zeros(layout.nbytes, dtype=torch.uint8), layout)
@@ -44,8 +49,8 @@ def main() -> None:
         server.resume(job.snapshot)
     parent = job.parent
     del job
-    print(socket.port, flush=True)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what an optimizer prints must not fill a pipe nobody reads
+    print(socket.port, file=answer, flush=True)
+    answer.close()
     try:
         server.run(lifeline=sys.stdin.fileno(), orphaned=lambda: os.getppid() != parent)
     finally:

@@ -58,6 +58,7 @@ class ServerProcess:
         self.server_keys, self.worker_keys = KeyPair.new(), KeyPair.new()
         command = [sys.executable, "-X", SERVER_OPTION, "-m", "lightning_stale.parameter_server"]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        self._serving = False
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
     def serve(
@@ -101,9 +102,11 @@ class ServerProcess:
         try:
             self._stdin.write(cloudpickle.dumps(job, protocol=pickle.HIGHEST_PROTOCOL))
             self._stdin.flush()
-            return self._read_port()
+            port = self._read_port()
+            self._serving = True
+            return port
         except (OSError, ValueError) as error:
-            self.stop(grace_s=0.5)
+            self.stop(grace_s=0.0)
             raise ServerStartError(
                 f"the parameter server did not start (exit code {self._process.returncode}): {error or 'no answer'}. "
                 "What it printed stands above; an optimizer class that cannot be imported outside of this script's "
@@ -117,7 +120,8 @@ class ServerProcess:
 
     def stop(self, grace_s: float) -> None:
         """End the server: give it ``grace_s`` to end by itself (all workers have said goodbye), then make it."""
-        self._wait(grace_s)
+        if self._serving:
+            self._wait(grace_s)
         self._close(self._process.stdin)  # the lifeline
         if not self._wait(_STOP_TIMEOUT_S):
             self._process.kill()

@@ -89,7 +89,7 @@ class ParameterStore:
 
     def optimizer_state(self, index: int) -> dict[str, Any]:
         """Return ``state_dict()["state"]`` of an optimizer."""
-        state: dict[str, Any] = self.optimizers[index].state_dict()["state"]
+        state: dict[str, Any] = self.optimizers[index].state_dict().get("state", {})  # Lightning's mock has none
         return state
 
 

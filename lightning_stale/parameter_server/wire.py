@@ -7,7 +7,7 @@ their fields are in :data:`SCHEMA`; a frame that does not fit it is refused.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import msgpack
 import torch
@@ -73,15 +73,16 @@ def decode_message(frame: bytes) -> dict[str, Any]:
         message = msgpack.unpackb(frame, raw=False)
     except (ValueError, msgpack.UnpackException) as error:
         raise WireError(f"not msgpack: {error}") from error
-    if not isinstance(message, dict) or message.get("type") not in SCHEMA:
+    kind = message.get("type") if isinstance(message, dict) else None
+    if not isinstance(kind, str) or kind not in SCHEMA:
         raise WireError("not a message of this protocol")
-    fields = SCHEMA[message["type"]]
+    fields = SCHEMA[kind]
     if message.keys() != {"type", *fields}:
-        raise WireError(f"a {message['type']!r} message with the fields {sorted(message)}")
-    for name, kind in fields.items():
-        if not isinstance(message[name], kind):
-            raise WireError(f"a {message['type']!r} message with {name}={message[name]!r}")
-    return message
+        raise WireError(f"a {kind!r} message with the fields {list(message)}")
+    for name, expected in fields.items():
+        if not isinstance(message[name], expected):
+            raise WireError(f"a {kind!r} message with {name}={message[name]!r}")
+    return cast(dict[str, Any], message)
 
 
 def chunks(start: int, end: int) -> Iterator[tuple[int, int]]:

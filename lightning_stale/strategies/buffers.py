@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -22,9 +25,25 @@ def agree_on_buffers(model: nn.Module, world_size: int) -> None:
         for buffer in (module.running_mean, module.running_var)
         if isinstance(buffer, Tensor)
     }
-    for buffer in model.buffers():
-        if id(buffer) in statistics:
-            torch.distributed.all_reduce(buffer)
-            buffer.div_(world_size)
-        elif buffer.numel() > 0:
-            torch.distributed.broadcast(buffer, src=0)
+
+    def average(flat: Tensor) -> None:
+        torch.distributed.all_reduce(flat)
+        flat.div_(world_size)
+
+    def adopt(flat: Tensor) -> None:
+        torch.distributed.broadcast(flat, src=0)
+
+    _in_one(average, (buffer for buffer in model.buffers() if id(buffer) in statistics))
+    _in_one(adopt, (buffer for buffer in model.buffers() if id(buffer) not in statistics))
+
+
+def _in_one(collective: Callable[[Tensor], None], buffers: Iterable[Tensor]) -> None:
+    """Run ``collective`` once per device and dtype, on all ``buffers`` of that kind one after the other."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    for buffer in buffers:
+        kinds[buffer.device, buffer.dtype].append(buffer)
+    for same in kinds.values():
+        flat = torch.cat([buffer.reshape(-1) for buffer in same])
+        collective(flat)
+        for buffer, values in zip(same, torch.split(flat, [buffer.numel() for buffer in same]), strict=True):
+            buffer.copy_(values.view_as(buffer))
