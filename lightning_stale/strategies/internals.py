@@ -85,3 +85,37 @@ def saves_by_time(callback: ModelCheckpoint) -> bool:
 def current_hook(module: LightningModule) -> str | None:
     """Return the name of the LightningModule hook that runs now."""
     return module._current_fx_name
+
+
+def keep_samplers(trainer: Trainer) -> None:
+    """Let Lightning leave the samplers alone: there is one replica, whose order the strategy shares itself.
+
+    Lightning's injected sampler would shuffle training data even where the user has not asked for it.
+    """
+    trainer._accelerator_connector.use_distributed_sampler = False
+
+
+class _CapturedError(Exception):
+    """Breaks off a training step once the input of a module is known."""
+
+
+def first_input(trainer: Trainer, module: torch.nn.Module) -> Any:
+    """Return what ``module`` is given in the training step of the first batch; nothing else remains of that step."""
+    loader = trainer.fit_loop._data_source.dataloader()
+    captured: list[Any] = []
+
+    def capture(*args: Any) -> None:
+        captured.append(args[0])
+        raise _CapturedError
+
+    with torch.random.fork_rng():
+        batch = trainer.strategy.batch_to_device(next(iter(loader)), dataloader_idx=0)
+        module.forward = capture  # type: ignore[method-assign]
+        try:
+            with trainer.precision_plugin.train_step_context():
+                trainer.lightning_module.training_step(batch, 0)
+        except _CapturedError:
+            pass
+        finally:
+            del module.__dict__["forward"]
+    return captured[0]

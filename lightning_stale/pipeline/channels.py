@@ -1,0 +1,244 @@
+"""How features and gradients move between two stages: in memory, or by torch.distributed.
+
+A sender is never blocked while fewer messages wait than the queue is long, and a receiver finds what has arrived: each
+direction of a pair of stages has its own process group, and a thread on either side that sends or receives while the
+stage computes.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import msgpack
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
+
+_POLL_S = 0.5
+_HEADER = 3  # int64: batch, length of the description (0: as before), what kind of message
+_DATA, _CLOSE = 0, 1
+
+
+class ChannelError(RuntimeError):
+    """The neighbouring stage is gone, or has sent something else than this one expects."""
+
+
+class Channel(ABC):
+    """One direction between two stages: first in, first out; every message carries its batch."""
+
+    @abstractmethod
+    def send(self, batch: int, value: Any) -> None:
+        """Send ``value``, a tree of tensors and plain values; wait only while the queue is full."""
+
+    @abstractmethod
+    def receive(self, batch: int) -> Any:
+        """Return the next value, which must be that of ``batch``.
+
+        Raises:
+            ChannelError: if it is not, or the neighbour has ended.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of threads and messages."""
+
+
+class MemoryChannel(Channel):
+    """Between two stages of one process."""
+
+    def __init__(self) -> None:
+        self._messages: deque[tuple[int, Any]] = deque()
+
+    def send(self, batch: int, value: Any) -> None:
+        self._messages.append((batch, value))
+
+    def receive(self, batch: int) -> Any:
+        return _checked(batch, *self._messages.popleft())
+
+    def close(self) -> None:
+        self._messages.clear()
+
+
+class SendChannel(Channel):
+    """The sending end between two processes.
+
+    Args:
+        peer: the other's global rank.
+        group: a process group of the two, for this direction alone.
+        length: how many messages may wait to be received before :meth:`send` waits.
+        device: where the tensors are.
+        check: called now and then while waiting; raises to break off.
+    """
+
+    def __init__(
+        self, peer: int, group: dist.ProcessGroup, length: int, device: torch.device, check: Callable[[], None]
+    ) -> None:
+        self._peer, self._group, self._device, self._check = peer, group, device, check
+        self._length = length
+        self._outbox: queue.Queue[tuple[int, Any] | None] = queue.Queue()
+        self._unsent = 0
+        self._changed = threading.Condition()
+        self._error: BaseException | None = None
+        self._described: bytes = b""
+        self._thread = threading.Thread(target=self._run, name=f"send-to-{peer}", daemon=True)
+        self._thread.start()
+
+    def send(self, batch: int, value: Any) -> None:
+        event = _recorded_event(self._device)
+        with self._changed:
+            self._unsent += 1
+        self._outbox.put((batch, (value, event)))
+        with self._changed:
+            while self._unsent > self._length and self._error is None:
+                if not self._changed.wait(_POLL_S):
+                    self._check()
+        if self._error is not None:
+            self._check()
+            raise ChannelError(f"rank {self._peer} cannot be sent to: {self._error}") from self._error
+
+    def receive(self, batch: int) -> Any:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        self._outbox.put(None)
+        self._thread.join(timeout=2.0)
+
+    def _run(self) -> None:
+        try:
+            while (message := self._outbox.get()) is not None:
+                batch, (value, event) = message
+                if event is not None:
+                    event.synchronize()
+                self._send(batch, value)
+                with self._changed:
+                    self._unsent -= 1
+                    self._changed.notify_all()
+            self._put(torch.tensor([0, 0, _CLOSE]))
+        except Exception as error:
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _send(self, batch: int, value: Any) -> None:
+        leaves, tree = tree_flatten(value)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        description: bytes = msgpack.packb(
+            [treespec_dumps(tree), [_describe(leaf) for leaf in leaves]], use_bin_type=True, strict_types=True
+        )
+        new = description != self._described
+        self._described = description
+        self._put(torch.tensor([batch, len(description) if new else 0, _DATA]))
+        if new:
+            self._put(torch.frombuffer(bytearray(description), dtype=torch.uint8))
+        for tensor in tensors:
+            if tensor.numel() > 0:
+                dist.send(_sendable(tensor), self._peer, self._group)
+
+    def _put(self, tensor: Tensor) -> None:
+        dist.send(tensor.to(self._device), self._peer, self._group)
+
+
+class ReceiveChannel(Channel):
+    """The receiving end between two processes; arguments as for :class:`SendChannel`."""
+
+    def __init__(
+        self, peer: int, group: dist.ProcessGroup, length: int, device: torch.device, check: Callable[[], None]
+    ) -> None:
+        self._peer, self._group, self._device, self._check = peer, group, device, check
+        self._inbox: queue.Queue[tuple[int, Any]] = queue.Queue()
+        self._room = threading.Semaphore(length)
+        self._error: BaseException | None = None
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name=f"receive-from-{peer}", daemon=True)
+        self._thread.start()
+
+    def send(self, batch: int, value: Any) -> None:
+        raise NotImplementedError
+
+    def receive(self, batch: int) -> Any:
+        self._room.release()  # for this one, besides the `length` that may wait
+        while True:
+            try:
+                got, value = self._inbox.get(timeout=_POLL_S)
+            except queue.Empty:
+                self._check()
+                if self._error is not None and self._inbox.empty():
+                    raise ChannelError(f"rank {self._peer} has ended: {self._error}") from self._error
+                continue
+            return _checked(batch, got, value)
+
+    def close(self) -> None:
+        self._closing = True
+        self._room.release()
+        self._thread.join(timeout=2.0)
+
+    def _run(self) -> None:
+        description: list[Any] = []
+        try:
+            while True:
+                self._room.acquire()
+                batch, length, kind = self._get(torch.int64, [_HEADER]).tolist()
+                if kind == _CLOSE:
+                    raise ChannelError("it has closed the channel")
+                if length:
+                    packed = self._get(torch.uint8, [length]).cpu().numpy().tobytes()
+                    description = msgpack.unpackb(packed, raw=False)
+                tree, leaves = treespec_loads(description[0]), [self._leaf(leaf) for leaf in description[1]]
+                if self._device.type == "cuda":
+                    torch.cuda.current_stream(self._device).synchronize()
+                self._inbox.put((batch, _unflatten(leaves, tree)))
+        except Exception as error:
+            self._error = error
+
+    def _leaf(self, description: list[Any]) -> Any:
+        kind, *rest = description
+        if kind == "value":
+            return rest[0]
+        dtype, shape = rest
+        return self._get(getattr(torch, dtype), shape)
+
+    def _get(self, dtype: torch.dtype, shape: list[int]) -> Tensor:
+        tensor = torch.empty(shape, dtype=dtype, device=self._device)
+        if tensor.numel() > 0:
+            dist.recv(tensor.view(torch.uint8) if dtype == torch.bool else tensor, self._peer, self._group)
+        return tensor
+
+
+def _describe(leaf: Any) -> list[Any]:
+    if isinstance(leaf, Tensor):
+        return ["tensor", str(leaf.dtype).removeprefix("torch."), list(leaf.shape)]
+    if leaf is None or isinstance(leaf, (bool, int, float, str)):
+        return ["value", leaf]
+    raise TypeError(
+        f"{type(leaf).__name__} cannot travel between stages: features may be tensors, numbers, strings and None, in "
+        "tuples, lists and dicts"
+    )
+
+
+def _sendable(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().contiguous()
+    return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+
+
+def _unflatten(leaves: list[Any], tree: TreeSpec) -> Any:
+    return tree_unflatten(leaves, tree)
+
+
+def _recorded_event(device: torch.device) -> torch.cuda.Event | None:
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _checked(expected: int, batch: int, value: Any) -> Any:
+    if batch != expected:
+        raise ChannelError(f"a message of batch {batch} where that of batch {expected} was expected")
+    return value

@@ -1,0 +1,234 @@
+"""Find the part of a model that is worth cutting, and cut it into blocks that run one after the other."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+class CannotCutError(ValueError):
+    """A model that cannot be cut as asked."""
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Return the number of elements of all parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """Return the module that ``torch.compile`` has wrapped, or ``module`` itself."""
+    original = getattr(module, "_orig_mod", module)
+    assert isinstance(original, nn.Module)
+    return original
+
+
+def find_body(model: nn.Module, name: str | None, sequential: bool) -> str:
+    """Return the name of the module to cut.
+
+    Args:
+        model: the LightningModule.
+        name: what the user has asked for, e.g. ``"model.body"``.
+        sequential: without a name, choose the ``nn.Sequential`` with most parameters; or else the child with most.
+
+    Raises:
+        CannotCutError: if there is none, with the alternatives.
+    """
+    modules = {path: unwrap(module) for path, module in model.named_modules() if path}
+    if name is not None:
+        if name not in modules:
+            near = ", ".join(repr(path) for path in list(modules)[:8])
+            raise CannotCutError(f"module={name!r} is not a module of {type(model).__name__}: it has {near}, ...")
+        return name
+    kind: Any = nn.Sequential if sequential else nn.Module
+    candidates = [path for path, module in modules.items() if isinstance(module, kind)]
+    if not sequential:
+        candidates = [path for path in candidates if "." not in path]
+    if not candidates:
+        raise CannotCutError(
+            f"{type(model).__name__} has no nn.Sequential to cut: write DSPStrategy(split=['layer2', 'layer3']) with "
+            "the names of the submodules that start a block, DSPStrategy(module='...') with the name of the one to "
+            "cut, or define configure_stages() in the LightningModule"
+        )
+    best: str = max(candidates, key=lambda path: count_parameters(modules[path]))
+    return best
+
+
+def cut_points(costs: Sequence[float], stages: int) -> list[int]:
+    """Return where each further block starts, so that the most expensive block costs least.
+
+    Args:
+        costs: the cost of each layer, in any unit.
+        stages: the number of blocks.
+
+    Raises:
+        CannotCutError: if there are fewer layers than stages.
+
+    Example::
+
+        >>> from lightning_stale.pipeline.partition import cut_points
+        >>> cut_points([4, 1, 1, 1, 1, 4], stages=3)
+        [1, 5]
+    """
+    layers = len(costs)
+    if layers < stages:
+        raise CannotCutError(
+            f"{layers} layers cannot be cut into {stages} blocks: write stages={layers} or less, or cut a module with "
+            "more layers (DSPStrategy(module=...))"
+        )
+    total = [0.0]
+    for cost in costs:
+        total.append(total[-1] + cost)
+    # best[k][i]: the cost of the most expensive of k blocks that hold the first i layers, and where the last starts
+    best = [[(total[i], 0) for i in range(layers + 1)]]
+    for k in range(1, stages):
+        row = [(float("inf"), 0)] * (k + 1)
+        for i in range(k + 1, layers + 1):
+            row.append(min((max(best[k - 1][j][0], total[i] - total[j]), j) for j in range(k, i)))
+        best.append(row)
+    starts, end = [], layers
+    for k in range(stages - 1, 0, -1):
+        end = best[k][end][1]
+        starts.append(end)
+    return starts[::-1]
+
+
+def check_cut_points(split: Sequence[int], layers: int, stages: int) -> list[int]:
+    """Return ``split`` if it says where ``stages - 1`` further blocks start.
+
+    Raises:
+        CannotCutError: with what to write.
+    """
+    starts = list(split)
+    example = [round(layers * k / stages) for k in range(1, stages)]
+    if len(starts) != stages - 1:
+        raise CannotCutError(
+            f"split={starts} makes {len(starts) + 1} blocks for {stages} stages: write {stages - 1} integers, e.g. "
+            f"split={example}"
+        )
+    if any(not 0 < start < layers for start in starts) or sorted(set(starts)) != starts:
+        raise CannotCutError(
+            f"split={starts}: write increasing integers between 1 and {layers - 1}, where each further block starts "
+            f"among the {layers} children, e.g. split={example}"
+        )
+    return starts
+
+
+def cut_sequential(body: nn.Sequential, starts: Sequence[int]) -> list[nn.Module]:
+    """Return one ``nn.Sequential`` per block, over the same children."""
+    children = list(body.named_children())
+    bounds = [0, *starts, len(children)]
+    return [nn.Sequential(OrderedDict(children[a:b])) for a, b in pairwise(bounds)]
+
+
+def measure_layers(body: nn.Sequential, example: Any, repetitions: int = 5) -> list[float]:
+    """Return the seconds of forward and backward of each child, the least of ``repetitions``; nothing is changed."""
+    buffers = {name: buffer.clone() for name, buffer in body.named_buffers()}
+    gradients = [parameter.grad for parameter in body.parameters()]
+    times = [float("inf")] * len(body)
+    with torch.random.fork_rng():
+        for _ in range(repetitions):
+            x = example
+            for i, layer in enumerate(body):
+                x = tree_map(_detached, x)
+                started = time.perf_counter()
+                y = layer(x)
+                outputs = [t for t in tree_leaves(y) if isinstance(t, torch.Tensor) and t.requires_grad]
+                if outputs:
+                    torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                times[i] = min(times[i], time.perf_counter() - started)
+                x = y
+    for parameter, gradient in zip(body.parameters(), gradients, strict=True):
+        parameter.grad = gradient
+    with torch.no_grad():
+        for name, buffer in body.named_buffers():
+            buffer.copy_(buffers[name])
+    return times
+
+
+def cut_traced(body: nn.Module, names: Sequence[str], label: str) -> list[nn.Module]:
+    """Cut any module that can be traced (``torch.fx``) where the submodules ``names`` start.
+
+    Values that a later block needs, such as a skip connection across a cut, are passed on by the blocks between.
+
+    Raises:
+        CannotCutError: if a name is not a submodule, the model cannot be traced, or the names are out of order.
+    """
+    modules = dict(body.named_modules())
+    for name in names:
+        if name not in modules:
+            raise CannotCutError(
+                f"split={list(names)}: {name!r} is not a submodule of {label}; it has "
+                f"{', '.join(repr(path) for path, _ in body.named_children())}"
+            )
+    try:
+        graph = fx.Tracer().trace(body)
+    except Exception as error:
+        raise CannotCutError(
+            f"{label} ({type(body).__name__}) cannot be traced by torch.fx: {error}. Its forward branches on values; "
+            "write it as an nn.Sequential, cut a submodule without branches (DSPStrategy(module=...)), or define "
+            "configure_stages() in the LightningModule"
+        ) from error
+    found, block_of, block = [], {}, 0
+    for node in graph.nodes:
+        if block < len(names) and any(_is_within(path, names[block]) for path in _module_paths(node)):
+            found.append(names[block])
+            block += 1
+        block_of[node] = block
+    if found != list(names):
+        missing = [name for name in names if name not in found]
+        raise CannotCutError(
+            f"split={list(names)}: {missing[0]!r} is not called after the ones before it in {label}; write the names "
+            "in the order in which forward calls them"
+        )
+    return [_block_graph(body, graph, block_of, block) for block in range(len(names) + 1)]
+
+
+def _block_graph(body: nn.Module, graph: fx.Graph, block_of: dict[fx.Node, int], block: int) -> fx.GraphModule:
+    """Return the nodes of one block as a module; it keeps the names of the submodules of ``body``."""
+    result = fx.Graph()
+    copies = {node: result.placeholder(node.name) for node in _live(graph, block_of, block)}
+    for node in graph.nodes:
+        if block_of[node] == block and node.op not in ("placeholder", "output"):
+            copies[node] = result.node_copy(node, lambda used: copies[used])
+    output = next(node for node in graph.nodes if node.op == "output")
+    if block == block_of[output]:
+        result.output(fx.map_arg(output.args[0], lambda used: copies[used]))
+    else:
+        result.output(tuple(copies[node] for node in _live(graph, block_of, block + 1)))
+    return fx.GraphModule(body, result, class_name=f"{type(body).__name__}Block{block}")
+
+
+def _live(graph: fx.Graph, block_of: dict[fx.Node, int], block: int) -> list[fx.Node]:
+    """Return the values that ``block`` is given: the inputs for the first; else what it or a later block still needs."""
+    if block == 0:
+        return [node for node in graph.nodes if node.op == "placeholder"]
+
+    def made_before(node: fx.Node) -> bool:
+        return node.op == "placeholder" or block_of[node] < block
+
+    return [node for node in graph.nodes if made_before(node) and any(block_of[user] >= block for user in node.users)]
+
+
+def _module_paths(node: fx.Node) -> list[str]:
+    """Return the paths of the submodules that ``node`` belongs to."""
+    stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack", {})
+    return [path for path, _ in stack.values()] + ([str(node.target)] if node.op == "call_module" else [])
+
+
+def _is_within(path: str, name: str) -> bool:
+    return path == name or path.startswith(name + ".")
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().requires_grad_(value.is_floating_point())
+    return value

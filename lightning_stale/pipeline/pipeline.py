@@ -1,0 +1,119 @@
+"""The stages that live in this process, and their way through training, draining and evaluation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from lightning_stale.pipeline.channels import Channel, MemoryChannel
+from lightning_stale.pipeline.schedule import drain, iteration
+from lightning_stale.pipeline.stage import Features, Stage
+
+
+class Pipeline:
+    """Consecutive stages of one process: one of several processes, or all of them (virtual stages).
+
+    Args:
+        stages: the stages, in order.
+        features_in: features from the stage before; ``None`` if the first is here.
+        features_out: features to the stage after; ``None`` if the last is here.
+        gradients_in: gradients from the stage after.
+        gradients_out: gradients to the stage before.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        features_in: Channel | None = None,
+        features_out: Channel | None = None,
+        gradients_in: Channel | None = None,
+        gradients_out: Channel | None = None,
+    ) -> None:
+        self.stages = list(stages)
+        self._features_in, self._features_out = features_in, features_out
+        self._gradients: list[Channel | None] = [
+            gradients_out,
+            *(MemoryChannel() for _ in self.stages[1:]),
+            gradients_in,
+        ]
+        self._batch = 0  # n: counted from the last drain
+        self._evaluated = 0
+        self.busy_s = 0.0
+        """Seconds that the stages of this process have computed."""
+
+    @property
+    def has_last(self) -> bool:
+        """Whether the last stage, and with it the loss, is here."""
+        return self.stages[-1].last
+
+    @property
+    def behind(self) -> bool:
+        """Whether backwards are left."""
+        return any(stage.pending for stage in self.stages)
+
+    def forward(self, features: Features) -> Features | None:
+        """Run iteration ``n`` forward; return the result with its graph if the last stage is here, else pass it on."""
+        return self._through(features, self._batch, lambda stage, h: stage.forward(self._batch, h))
+
+    def evaluate(self, features: Features) -> Features | None:
+        """Run the blocks without a backward to come."""
+        result = self._through(features, self._evaluated, lambda stage, h: stage.block(h))
+        self._evaluated += 1
+        return result
+
+    def backward(self) -> None:
+        """Run the backwards of iteration ``n``; that of the last stage's loss has run already."""
+        for k in reversed(range(len(self.stages))):
+            for operation in iteration(self._batch, self.stages[k].staleness):
+                if operation.kind == "backward":
+                    self._backward(k, operation.batch)
+        self._batch += 1
+
+    def drain(self, step: Callable[[], None]) -> None:
+        """Run the backwards that are left, the oldest of each stage first, with a ``step`` after each."""
+        left = [list(drain(self._batch, stage.staleness)) for stage in self.stages]
+        while any(left):
+            for k in reversed(range(len(self.stages))):
+                if left[k]:
+                    self._backward(k, left[k].pop(0).batch)
+            step()
+
+    def restart(self) -> None:
+        """Count batches from 0 again: the pipeline fills anew."""
+        self._batch = 0
+
+    def close(self) -> None:
+        """End the threads of the channels."""
+        channels = [self._features_in, self._features_out, *self._gradients]
+        for channel in channels:
+            if channel is not None:
+                channel.close()
+
+    def _through(self, features: Features, batch: int, run: Callable[[Stage, Features], Features]) -> Features | None:
+        if self._features_in is not None:
+            features = self._features_in.receive(batch)
+        started = time.perf_counter()
+        for stage in self.stages:
+            features = run(stage, features)
+        self.busy_s += time.perf_counter() - started
+        if self._features_out is None:
+            return features
+        self._features_out.send(batch, features)
+        return None
+
+    def _backward(self, k: int, batch: int) -> None:
+        stage = self.stages[k]
+        if stage.last:
+            gradients = stage.finish(batch)
+        else:
+            source = self._gradients[k + 1]
+            assert source is not None
+            incoming = source.receive(batch)
+            started = time.perf_counter()
+            gradients = stage.backward(batch, incoming)
+            self.busy_s += time.perf_counter() - started
+        target = self._gradients[k]
+        if target is not None:
+            target.send(batch, gradients)
+        elif k > 0 or not stage.first:
+            raise AssertionError("a stage without a neighbour that is not the first")

@@ -1,0 +1,84 @@
+"""Cut the body of a LightningModule as the user has asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from torch import nn
+
+from lightning_stale.pipeline import partition
+from lightning_stale.pipeline.stage import Block
+from lightning_stale.strategies import internals
+
+Split = Literal["params", "time"] | Sequence[int] | Sequence[str]
+
+
+def cut_model(
+    trainer: Trainer, stages: int, name: str | None, split: Split, undo: list[Callable[[], None]]
+) -> tuple[nn.Module, list[Block]]:
+    """Return the module that the blocks replace, and the blocks.
+
+    Args:
+        trainer: with the LightningModule, and the data for ``split="time"``.
+        stages: the number of blocks.
+        name: of the module to cut.
+        split: how.
+        undo: gets what must be done to put the model together again.
+
+    Raises:
+        CannotCutError: names the module, and the alternatives.
+        MisconfigurationException: if ``configure_stages()`` and ``stages`` disagree.
+    """
+    module = trainer.lightning_module
+    configured = getattr(module, "configure_stages", None)
+    if callable(configured):
+        blocks = configured()
+        if len(blocks) != stages:
+            raise MisconfigurationException(
+                f"configure_stages() returned {len(blocks)} blocks for {stages} stages: write stages={len(blocks)}, or "
+                f"return {stages}"
+            )
+        return module, [Block(block) for block in blocks]
+    names = [start for start in split if isinstance(start, str)] if not isinstance(split, str) else []
+    path = partition.find_body(module, name, sequential=not names)
+    body = _unwrapped(module, path, undo)
+    if names:
+        if len(names) != stages - 1:
+            raise partition.CannotCutError(
+                f"split={names} makes {len(names) + 1} blocks for {stages} stages: write {stages - 1} names"
+            )
+        cut = partition.cut_traced(body, names, path)
+        return body, [Block(block, spreads=k < stages - 1) for k, block in enumerate(cut)]
+    if not isinstance(body, nn.Sequential):
+        raise partition.CannotCutError(
+            f"{path} is a {type(body).__name__}, not an nn.Sequential: write the names of the submodules that start a "
+            f"block, e.g. split={[child for child, _ in body.named_children()][1:stages]}, or define configure_stages()"
+        )
+    return body, [Block(block) for block in partition.cut_sequential(body, _starts(trainer, body, stages, split))]
+
+
+def _starts(trainer: Trainer, body: nn.Sequential, stages: int, split: Split) -> list[int]:
+    if split == "params":
+        return partition.cut_points([partition.count_parameters(layer) for layer in body], stages)
+    if split == "time":
+        starts: Any = None
+        if trainer.is_global_zero:  # measured once, on what the body is given for the first batch
+            costs = partition.measure_layers(body, internals.first_input(trainer, body))
+            starts = partition.cut_points(costs, stages)
+        return list(trainer.strategy.broadcast(starts))
+    return partition.check_cut_points([int(start) for start in split], len(body), stages)
+
+
+def _unwrapped(module: nn.Module, path: str, undo: list[Callable[[], None]]) -> nn.Module:
+    """Return the module at ``path``; ``torch.compile``'s wrapper cannot be cut, and is put aside until the end."""
+    wrapped = module.get_submodule(path)
+    body = partition.unwrap(wrapped)
+    if body is not wrapped:
+        parent, _, name = path.rpartition(".")
+        holder = module.get_submodule(parent)
+        setattr(holder, name, body)
+        undo.append(lambda: setattr(holder, name, wrapped))
+    return body
