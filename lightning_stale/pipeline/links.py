@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ def link_stages(mesh: DeviceMesh, staleness: Staleness, device: torch.device, he
     ranks = [int(rank) for rank in mesh.mesh[0].tolist()]
     per_rank = staleness.stages // len(ranks)
     channels: dict[str, Channel] = {}
-    for position, (before, after) in enumerate(zip(ranks, ranks[1:], strict=False)):
+    for position, (before, after) in enumerate(pairwise(ranks)):
         down, up = dist.new_group([before, after]), dist.new_group([before, after])
         last = (position + 1) * per_rank - 1  # the last stage of `before`
         features, gradients = staleness.p[last], staleness.q[last + 1]

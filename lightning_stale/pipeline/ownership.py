@@ -60,7 +60,7 @@ def own_values(model: nn.Module) -> dict[str, Tensor]:
 
 
 def complete_state_dict(model: nn.Module, everyone: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
-    """Return ``model.state_dict()`` with the tensors that other ranks own, whose :func:`own_values` are ``everyone``."""
+    """Return ``model.state_dict()``, with what other ranks own; ``everyone``: the :func:`own_values` of each."""
     found = {name: value for values in everyone for name, value in values.items()}
     return {
         name: found[name] if isinstance(value, Tensor) and value.is_meta else value

@@ -208,7 +208,7 @@ def _block_graph(body: nn.Module, graph: fx.Graph, block_of: dict[fx.Node, int],
 
 
 def _live(graph: fx.Graph, block_of: dict[fx.Node, int], block: int) -> list[fx.Node]:
-    """Return the values that ``block`` is given: the inputs for the first; else what it or a later block still needs."""
+    """Return the values that ``block`` is given: the inputs, or what it or a later block still needs."""
     if block == 0:
         return [node for node in graph.nodes if node.op == "placeholder"]
 

@@ -142,7 +142,8 @@ class Stage:
         changed = before != [tensor._version for tensor in tensors(given)]
         if changed and not self._mutates_inputs:
             raise RuntimeError(
-                "a block changed its input in place, which it did not do for the first batch: make it do so always or never"
+                "a block changed its input in place, which it did not do for the first batch: make it do so "
+                "always or never"
             )
         self._mutates_inputs = changed
         return outputs

@@ -6,6 +6,7 @@ import inspect
 import traceback
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,8 +53,9 @@ class DSPStrategy(StaleStrategy):
     """Cuts the layers into a pipeline of blocks, each updated at once, from diversely stale features and gradients.
 
     In each iteration stage ``k`` runs the forward of batch ``n`` and the backward of batch ``n - m_k``, and takes a
-    step (layer-wise staleness ``m``; arXiv 1909.02625, Algorithm 1). There is no bubble and no common clock, and the weights
-    depend on ``m`` alone, not on timing. The last stage lives on global rank 0, where loss, logging and checkpoints are.
+    step (layer-wise staleness ``m``; arXiv 1909.02625, Algorithm 1). There is no bubble and no common clock, and the
+    weights depend on ``m`` alone, not on timing. The last stage lives on global rank 0, where loss, logging and
+    checkpoints are.
 
     Args:
         stages: the number of blocks; by default one per device. With one device they are virtual, and compute the same.
@@ -155,8 +157,8 @@ class DSPStrategy(StaleStrategy):
         stages = self.stages or self.world_size
         if stages % self.world_size:
             raise MisconfigurationException(
-                f"stages={stages} on {self.world_size} devices: write a multiple of the number of devices, or devices=1 "
-                "for virtual stages"
+                f"stages={stages} on {self.world_size} devices: write a multiple of the number of devices, or "
+                "devices=1 for virtual stages"
             )
         staleness = Staleness.of(self.staleness, stages, self.queues)
         owner, self._blocks = cut_model(trainer, stages, self.module, self.split, self._undo_setup)
@@ -188,8 +190,7 @@ class DSPStrategy(StaleStrategy):
         self._summary = {
             "staleness": staleness.m,
             "stages": [
-                {"stage": k, "parameters": partition.count_parameters(block.module)}
-                for k, block in enumerate(self._blocks)
+                {"stage": k, "parameters": count_parameters(block.module)} for k, block in enumerate(self._blocks)
             ],
         }
         signature = inspect.signature(type(owner).forward).bind
@@ -219,7 +220,7 @@ class DSPStrategy(StaleStrategy):
         for metric in module.modules():
             if isinstance(metric, Metric) and metric.process_group is None:
                 metric.process_group = group
-                self._undo_setup.append(lambda metric=metric: setattr(metric, "process_group", None))
+                self._undo_setup.append(partial(setattr, metric, "process_group", None))
 
     # --- training ---------------------------------------------------------------------------------------------------
 

@@ -110,7 +110,7 @@ def first_input(trainer: Trainer, module: torch.nn.Module) -> Any:
 
     with torch.random.fork_rng():
         batch = trainer.strategy.batch_to_device(next(iter(loader)), dataloader_idx=0)
-        module.forward = capture  # type: ignore[method-assign]
+        module.forward = capture
         try:
             with trainer.precision_plugin.train_step_context():
                 trainer.lightning_module.training_step(batch, 0)
