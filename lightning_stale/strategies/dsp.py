@@ -34,6 +34,7 @@ from lightning_stale.pipeline.ownership import (
     put_back,
     release_others,
 )
+from lightning_stale.pipeline.partition import count_parameters
 from lightning_stale.pipeline.pipeline import Pipeline
 from lightning_stale.pipeline.stage import Block, Stage, check_disjoint
 from lightning_stale.pipeline.staleness import Staleness
