@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from lightning_stale.pipeline import partition
@@ -61,7 +62,7 @@ def cut_model(
 
 
 def _starts(trainer: Trainer, body: nn.Sequential, stages: int, split: Split) -> list[int]:
-    if split == "params":
+    if split == "params" or (split == "time" and trainer.state.fn != TrainerFn.FITTING):  # no training data to time
         return partition.cut_points([partition.count_parameters(layer) for layer in body], stages)
     if split == "time":
         starts: Any = None
