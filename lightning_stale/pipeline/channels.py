@@ -46,7 +46,10 @@ class Channel(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of threads and messages."""
+        """Send and receive no more."""
+
+    def join(self, timeout: float) -> None:  # noqa: B027
+        """Wait, after :meth:`close`, until nothing of it runs any more, at most ``timeout`` seconds."""
 
 
 class MemoryChannel(Channel):
@@ -73,15 +76,15 @@ class SendChannel(Channel):
         group: a process group of the two, for this direction alone.
         length: how many messages may wait to be received before :meth:`send` waits.
         device: where the tensors are.
-        check: called now and then while waiting; raises to break off.
+        check: called now and then while waiting, and with True where the peer has ended; raises to break off.
     """
 
     def __init__(
-        self, peer: int, group: dist.ProcessGroup, length: int, device: torch.device, check: Callable[[], None]
+        self, peer: int, group: dist.ProcessGroup, length: int, device: torch.device, check: Callable[[bool], None]
     ) -> None:
         self._peer, self._group, self._device, self._check = peer, group, device, check
         self._length = length
-        self._outbox: queue.Queue[tuple[int, Any] | None] = queue.Queue()
+        self._outbox: queue.Queue[tuple[int, bytes, list[Tensor], Any] | None] = queue.Queue()
         self._unsent = 0
         self._changed = threading.Condition()
         self._error: BaseException | None = None
@@ -90,16 +93,20 @@ class SendChannel(Channel):
         self._thread.start()
 
     def send(self, batch: int, value: Any) -> None:
-        event = _recorded_event(self._device)
+        leaves, tree = tree_flatten(value)
+        description = msgpack.packb(
+            [treespec_dumps(tree), [_describe(leaf) for leaf in leaves]], use_bin_type=True, strict_types=True
+        )
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         with self._changed:
             self._unsent += 1
-        self._outbox.put((batch, (value, event)))
+        self._outbox.put((batch, description, tensors, _recorded_event(self._device)))
         with self._changed:
             while self._unsent > self._length and self._error is None:
                 if not self._changed.wait(_POLL_S):
-                    self._check()
+                    self._check(False)
         if self._error is not None:
-            self._check()
+            self._check(True)
             raise ChannelError(f"rank {self._peer} cannot be sent to: {self._error}") from self._error
 
     def receive(self, batch: int) -> Any:
@@ -107,15 +114,17 @@ class SendChannel(Channel):
 
     def close(self) -> None:
         self._outbox.put(None)
-        self._thread.join(timeout=2.0)
+
+    def join(self, timeout: float) -> None:
+        self._thread.join(timeout)
 
     def _run(self) -> None:
         try:
             while (message := self._outbox.get()) is not None:
-                batch, (value, event) = message
+                batch, description, tensors, event = message
                 if event is not None:
                     event.synchronize()
-                self._send(batch, value)
+                self._send(batch, description, tensors)
                 with self._changed:
                     self._unsent -= 1
                     self._changed.notify_all()
@@ -125,12 +134,7 @@ class SendChannel(Channel):
                 self._error = error
                 self._changed.notify_all()
 
-    def _send(self, batch: int, value: Any) -> None:
-        leaves, tree = tree_flatten(value)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        description: bytes = msgpack.packb(
-            [treespec_dumps(tree), [_describe(leaf) for leaf in leaves]], use_bin_type=True, strict_types=True
-        )
+    def _send(self, batch: int, description: bytes, tensors: list[Tensor]) -> None:
         new = description != self._described
         self._described = description
         self._put(torch.tensor([batch, len(description) if new else 0, _DATA]))
@@ -148,13 +152,12 @@ class ReceiveChannel(Channel):
     """The receiving end between two processes; arguments as for :class:`SendChannel`."""
 
     def __init__(
-        self, peer: int, group: dist.ProcessGroup, length: int, device: torch.device, check: Callable[[], None]
+        self, peer: int, group: dist.ProcessGroup, length: int, device: torch.device, check: Callable[[bool], None]
     ) -> None:
         self._peer, self._group, self._device, self._check = peer, group, device, check
         self._inbox: queue.Queue[tuple[int, Any]] = queue.Queue()
         self._room = threading.Semaphore(length)
         self._error: BaseException | None = None
-        self._closing = False
         self._thread = threading.Thread(target=self._run, name=f"receive-from-{peer}", daemon=True)
         self._thread.start()
 
@@ -167,16 +170,18 @@ class ReceiveChannel(Channel):
             try:
                 got, value = self._inbox.get(timeout=_POLL_S)
             except queue.Empty:
-                self._check()
-                if self._error is not None and self._inbox.empty():
+                ended = self._error is not None and self._inbox.empty()
+                self._check(ended)
+                if ended:
                     raise ChannelError(f"rank {self._peer} has ended: {self._error}") from self._error
                 continue
             return _checked(batch, got, value)
 
     def close(self) -> None:
-        self._closing = True
         self._room.release()
-        self._thread.join(timeout=2.0)
+
+    def join(self, timeout: float) -> None:
+        self._thread.join(timeout)
 
     def _run(self) -> None:
         description: list[Any] = []

@@ -43,5 +43,5 @@ def link_stages(mesh: DeviceMesh, staleness: Staleness, device: torch.device, he
     return channels
 
 
-def _check_of(health: Health, neighbour: int) -> Callable[[], None]:
-    return lambda: health.check([neighbour])
+def _check_of(health: Health, neighbour: int) -> Callable[[bool], None]:
+    return lambda fresh: health.check([neighbour], fresh)

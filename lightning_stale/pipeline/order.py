@@ -6,29 +6,51 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Sampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, SequentialSampler
 
 
 class SharedOrder(Sampler[Any]):
-    """The order that rank 0 draws from ``sampler``, on every rank; one broadcast per epoch."""
+    """The order that rank 0 draws from ``sampler``, on every rank; one broadcast per epoch.
+
+    It is drawn whole: within an epoch a stage may wait for another one's gradients, and for no collective besides.
+
+    Raises:
+        TypeError: for a sampler without a length, which may have no end.
+    """
 
     def __init__(self, sampler: Iterable[Any]) -> None:
+        if not hasattr(sampler, "__len__"):
+            raise TypeError(
+                f"{type(sampler).__name__} has no __len__, and its order is drawn whole for all stages: define "
+                "__len__, e.g. the number of samples of an epoch, or write an IterableDataset"
+            )
         self.sampler = sampler
 
     def __iter__(self) -> Iterator[Any]:
-        order = [list(self.sampler) if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(order, src=0)
-        assert order[0] is not None
-        return iter(order[0])
+        return self._shared(iter(self.sampler) if dist.get_rank() == 0 else iter(()))
 
     def __len__(self) -> int:
         return len(self.sampler)  # type: ignore[arg-type]
 
+    def _shared(self, draws: Iterator[Any]) -> Iterator[Any]:
+        order = [list(draws)]  # as late as without sharing, for the same random numbers
+        dist.broadcast_object_list(order, src=0)
+        yield from order[0]
 
-def share_order(loader: Any) -> None:
-    """Make ``loader``, if it draws a random order, take that of rank 0 (in place; its batch sampler stays)."""
-    if not isinstance(loader, DataLoader):
+
+def share_order(loader: DataLoader[Any], batches: Any) -> None:
+    """Make ``loader``, if it draws a random order, take that of rank 0 (in place).
+
+    Args:
+        loader: of any kind; one over an ``IterableDataset`` has no order to share.
+        batches: its batch sampler, or ``None``.
+    """
+    if isinstance(loader.dataset, IterableDataset):
         return
-    sampler = getattr(loader.batch_sampler, "sampler", None)
-    if sampler is not None and not isinstance(sampler, (SequentialSampler, SharedOrder)):
-        loader.batch_sampler.sampler = SharedOrder(sampler)  # type: ignore[union-attr]
+    if type(batches) is BatchSampler:
+        if not isinstance(batches.sampler, (SequentialSampler, SharedOrder)):
+            batches.sampler = SharedOrder(batches.sampler)
+        return
+    name = "sampler" if batches is None else "batch_sampler"  # the latter draws batches in a way of its own
+    if not isinstance(getattr(loader, name), (SequentialSampler, SharedOrder)):
+        loader.__dict__[name] = SharedOrder(getattr(loader, name))  # a DataLoader refuses the assignment

@@ -27,6 +27,48 @@ def own_names(model: nn.Module, mine: Iterable[nn.Module], cut: Iterable[nn.Modu
     }
 
 
+def constant_names(model: nn.Module, cut: Iterable[nn.Module]) -> set[str]:
+    """Return the names of buffers and frozen parameters outside of all blocks: every rank may read them."""
+    in_blocks = {id(tensor) for block in cut for _, tensor in _tensors(block)}
+    return {name for name, tensor in _tensors(model) if id(tensor) not in in_blocks and not tensor.requires_grad}
+
+
+def materialize(model: nn.Module, own: set[str], device: torch.device) -> None:
+    """Give those tensors on the meta device that are ``own`` memory, and the values of ``reset_parameters()``.
+
+    The values of the others are drawn as well, one module at a time, and dropped: with the same seed, all ranks
+    together make the model that one process makes.
+
+    Raises:
+        ValueError: names a module without ``reset_parameters()``.
+    """
+    made: dict[int, Tensor] = {}  # shared ones stay shared
+    for prefix, module in model.named_modules():
+        held = {name: t for name, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
+        held = {name: tensor for name, tensor in held.items() if tensor.is_meta}
+        if not held:
+            continue
+        reset = getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))
+        if reset is None:
+            raise ValueError(
+                f"{prefix or type(model).__name__} ({type(module).__name__}) holds {next(iter(held))!r} on the meta "
+                "device and has no reset_parameters() to give it a value: define it, or build it outside of "
+                "torch.device('meta')"
+            )
+        for name, tensor in held.items():
+            if id(tensor) not in made:
+                empty = torch.empty_like(tensor, device=device)
+                made[id(tensor)] = (
+                    nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+                )
+            _holder(module, name)[name] = made[id(tensor)]
+        reset()
+        for name, tensor in held.items():
+            if (f"{prefix}.{name}" if prefix else name) not in own:
+                _holder(module, name)[name] = tensor
+                made.pop(id(tensor), None)
+
+
 def release_others(model: nn.Module, own: set[str]) -> None:
     """Put the parameters and buffers that are not ``own`` on the meta device, where they take no memory."""
     released: dict[int, nn.Parameter] = {}  # shared ones stay shared
@@ -42,7 +84,10 @@ def release_others(model: nn.Module, own: set[str]) -> None:
 
 
 def put_back(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Give the tensors on the meta device memory again, with ``values`` by name, or NaN where there is none."""
+    """Give the tensors on the meta device memory again, with ``values`` by name, or NaN where there is none.
+
+    Buffers that were kept take their value too: their owner may have changed it.
+    """
     restored: dict[int, nn.Parameter] = {}
     for holder, name, path in _holders(model):
         parameter, buffer = holder._parameters.get(name), holder._buffers.get(name)
@@ -52,20 +97,19 @@ def put_back(model: nn.Module, values: Mapping[str, Tensor]) -> None:
             holder._parameters[name] = restored[id(parameter)]
         elif buffer is not None and buffer.is_meta:
             holder._buffers[name] = _value(buffer, values.get(path))
+        elif buffer is not None and path in values:
+            buffer.copy_(values[path])
 
 
-def own_values(model: nn.Module) -> dict[str, Tensor]:
-    """Return what is in memory here, by name, as copies on the CPU."""
-    return {name: tensor.detach().cpu().clone() for name, tensor in _tensors(model) if not tensor.is_meta}
+def own_values(model: nn.Module, own: set[str]) -> dict[str, Tensor]:
+    """Return what is ``own``, by name, as copies on the CPU."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in _tensors(model) if name in own}
 
 
 def complete_state_dict(model: nn.Module, everyone: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
     """Return ``model.state_dict()``, with what other ranks own; ``everyone``: the :func:`own_values` of each."""
     found = {name: value for values in everyone for name, value in values.items()}
-    return {
-        name: found[name] if isinstance(value, Tensor) and value.is_meta else value
-        for name, value in model.state_dict().items()
-    }
+    return {name: found.get(name, value) for name, value in model.state_dict().items()}
 
 
 def gather_everywhere(value: Any) -> list[Any]:
@@ -139,6 +183,10 @@ def _holders(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
     for prefix, module in list(model.named_modules(remove_duplicate=False)):
         for name in [*module._parameters, *module._buffers]:
             yield module, name, f"{prefix}.{name}" if prefix else name
+
+
+def _holder(module: nn.Module, name: str) -> dict[str, Any]:
+    return module._parameters if name in module._parameters else module._buffers
 
 
 def _value(like: Tensor, value: Tensor | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -170,13 +171,54 @@ def cut_traced(body: nn.Module, names: Sequence[str], label: str) -> list[nn.Mod
                 f"{', '.join(repr(path) for path, _ in body.named_children())}"
             )
     try:
-        graph = fx.Tracer().trace(body)
+        training, evaluating = (_trace(body, training) for training in (True, False))
     except Exception as error:
         raise CannotCutError(
             f"{label} ({type(body).__name__}) cannot be traced by torch.fx: {error}. Its forward branches on values; "
             "write it as an nn.Sequential, cut a submodule without branches (DSPStrategy(module=...)), or define "
             "configure_stages() in the LightningModule"
         ) from error
+    blocks = _blocks(body, training, names, label)
+    if str(training) == str(evaluating):
+        return blocks
+    return [_TwoModes(body, *both) for both in zip(blocks, _blocks(body, evaluating, names, label), strict=True)]
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True  # a causal mask is cut to the length of its input
+
+
+class _TwoModes(nn.Module):
+    """A block whose forward asks for ``self.training``, which a trace answers once and for all."""
+
+    def __init__(self, body: nn.Module, training: nn.Module, evaluating: nn.Module) -> None:
+        super().__init__()
+        self._body = [body]  # not a submodule
+        self.as_trained, self.as_evaluated = training, evaluating
+
+    def forward(self, *features: Any) -> Any:
+        return (self.as_trained if self._body[0].training else self.as_evaluated)(*features)
+
+
+def _trace(body: nn.Module, training: bool) -> fx.Graph:
+    """Trace ``body`` in one of its modes; arguments with a default have that value."""
+    modes = [(module, module.training) for module in body.modules()]
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(body.forward).parameters.items()
+        if parameter.default is not parameter.empty
+    }
+    try:
+        if body.training != training:  # or else as it is: parts of it may be frozen
+            body.train(training)
+        return _Tracer().trace(body, concrete_args=defaults)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _blocks(body: nn.Module, graph: fx.Graph, names: Sequence[str], label: str) -> list[nn.Module]:
+    """Return the blocks of one graph."""
     found, block_of, block = [], {}, 0
     for node in graph.nodes:
         if block < len(names) and any(_is_within(path, names[block]) for path in _module_paths(node)):
@@ -197,7 +239,8 @@ def _block_graph(body: nn.Module, graph: fx.Graph, block_of: dict[fx.Node, int],
     result = fx.Graph()
     copies = {node: result.placeholder(node.name) for node in _live(graph, block_of, block)}
     for node in graph.nodes:
-        if block_of[node] == block and node.op not in ("placeholder", "output"):
+        used_here = any(block_of[user] == block for user in node.users)
+        if used_here if node.op == "get_attr" else block_of[node] == block and node.op not in ("placeholder", "output"):
             copies[node] = result.node_copy(node, lambda used: copies[used])
     output = next(node for node in graph.nodes if node.op == "output")
     if block == block_of[output]:
@@ -208,12 +251,15 @@ def _block_graph(body: nn.Module, graph: fx.Graph, block_of: dict[fx.Node, int],
 
 
 def _live(graph: fx.Graph, block_of: dict[fx.Node, int], block: int) -> list[fx.Node]:
-    """Return the values that ``block`` is given: the inputs, or what it or a later block still needs."""
+    """Return the values that ``block`` is given: the inputs, or what it or a later block still needs.
+
+    Parameters and buffers are not among them: a block that uses one holds it.
+    """
     if block == 0:
         return [node for node in graph.nodes if node.op == "placeholder"]
 
     def made_before(node: fx.Node) -> bool:
-        return node.op == "placeholder" or block_of[node] < block
+        return node.op == "placeholder" or (node.op != "get_attr" and block_of[node] < block)
 
     return [node for node in graph.nodes if made_before(node) and any(block_of[user] >= block for user in node.users)]
 

@@ -9,6 +9,8 @@ from lightning_stale.pipeline.channels import Channel, MemoryChannel
 from lightning_stale.pipeline.schedule import drain, iteration
 from lightning_stale.pipeline.stage import Features, Stage
 
+_CLOSE_S = 2.0
+
 
 class Pipeline:
     """Consecutive stages of one process: one of several processes, or all of them (virtual stages).
@@ -84,10 +86,13 @@ class Pipeline:
 
     def close(self) -> None:
         """End the threads of the channels."""
-        channels = [self._features_in, self._features_out, *self._gradients]
+        ends = [self._features_in, self._features_out, *self._gradients]
+        channels = [channel for channel in ends if channel is not None]
         for channel in channels:
-            if channel is not None:
-                channel.close()
+            channel.close()
+        deadline = time.monotonic() + _CLOSE_S
+        for channel in channels:
+            channel.join(max(0.0, deadline - time.monotonic()))
 
     def _through(self, features: Features, batch: int, run: Callable[[Stage, Features], Features]) -> Features | None:
         if self._features_in is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ class Stage:
             weights = {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in self._parameters()}
             outputs = self._run(inputs, weights)
             self._pending[batch] = _Pending(inputs, outputs, weights=weights)
-        return outputs if self.last else tree_map(_detached, outputs)
+        return outputs if self.last else tree_map(partial(_sendable, own=self._memory()), outputs)
 
     def backward(self, batch: int, gradients: Gradients) -> Gradients:
         """Back-propagate ``gradients`` of the result of ``batch``; gradients of the parameters accumulate as usual.
@@ -127,6 +128,11 @@ class Stage:
 
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:
         return list(self.block.module.named_parameters())
+
+    def _memory(self) -> set[int]:
+        """Return where the parameters and buffers are, which change while the neighbour still has the features."""
+        module = self.block.module
+        return {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
 
     def _as_leaf(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -162,14 +168,16 @@ class Stage:
         yield
         changed = set()
         for key, (module, buffer, version) in held.items():
-            if module._buffers[key[1]] is not buffer or buffer._version != version:
-                changed.add(key)
-                if key not in copies:
-                    raise RuntimeError(
-                        f"{type(module).__name__} changed its buffer {key[1]!r}, which it did not do for the first "
-                        "batch: write DSPStrategy(recompute=False)"
-                    )
-                module._buffers[key[1]] = buffer.copy_(copies[key])
+            same = module._buffers[key[1]] is buffer and buffer._version == version
+            if same and (key not in copies or torch.equal(buffer, copies[key])):  # batch norm leaves the version alone
+                continue
+            changed.add(key)
+            if key not in copies:
+                raise RuntimeError(
+                    f"{type(module).__name__} changed its buffer {key[1]!r}, which it did not do for the first "
+                    "batch: write DSPStrategy(recompute=False)"
+                )
+            module._buffers[key[1]] = buffer.copy_(copies[key])
         self._mutable_buffers = changed if learnt is None else learnt
 
 
@@ -183,8 +191,11 @@ def floating(features: Any) -> list[Tensor]:
     return [tensor for tensor in tensors(features) if tensor.is_floating_point()]
 
 
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
+def _sendable(value: Any, own: set[int]) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach()
+    return value.clone() if value.untyped_storage().data_ptr() in own else value
 
 
 def _copied(value: Any) -> Any:

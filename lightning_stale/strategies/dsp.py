@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 import traceback
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -19,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from lightning_stale.pipeline.channels import Channel
@@ -28,7 +31,9 @@ from lightning_stale.pipeline.order import share_order
 from lightning_stale.pipeline.ownership import (
     OptimizerShare,
     complete_state_dict,
+    constant_names,
     gather_everywhere,
+    materialize,
     own_names,
     own_values,
     put_back,
@@ -36,14 +41,16 @@ from lightning_stale.pipeline.ownership import (
 )
 from lightning_stale.pipeline.partition import count_parameters
 from lightning_stale.pipeline.pipeline import Pipeline
-from lightning_stale.pipeline.stage import Block, Stage, check_disjoint
+from lightning_stale.pipeline.stage import Block, Stage, check_disjoint, tensors
 from lightning_stale.pipeline.staleness import Staleness
 from lightning_stale.strategies import internals
 from lightning_stale.strategies.base import StaleStrategy
 from lightning_stale.strategies.cut import Split, cut_model
 from lightning_stale.strategies.relay import MetricsRelay
 
-_PATIENCE_S = 20.0
+_PATIENCE_S = 15.0
+
+TBroadcast = TypeVar("TBroadcast")
 
 
 class _StageDoneError(Exception):
@@ -110,8 +117,10 @@ class DSPStrategy(StaleStrategy):
         self._health: Health | None = None
         self._shares: list[OptimizerShare] = []
         self._own: set[str] = set()
+        self._count, self._mine, self._built_on_meta = 0, range(0), False
         self._mesh: DeviceMesh | None = None
-        self._called = False
+        self._reported: BaseException | None = None
+        self._calls: int | None = None  # of the body, in a step
         self._since_step = 0
         self._summary: dict[str, Any] = {"staleness": (), "stages": []}
 
@@ -122,22 +131,77 @@ class DSPStrategy(StaleStrategy):
         """One replica: every rank sees all batches."""
         return {"num_replicas": 1, "rank": 0}
 
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Whether the model was built on the meta device: then it has no memory for a checkpoint before."""
+        if self._pipeline is None and self.lightning_module is not None:
+            self._built_on_meta = any(tensor.is_meta for tensor in self.lightning_module.parameters())
+        return self._built_on_meta
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        with warnings.catch_warnings():  # what stays on the meta device is another rank's
+            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter.*")
+            super().load_model_state_dict(checkpoint, strict)
+
+    def model_to_device(self) -> None:
+        """Move the model; of one that was built on the meta device, only the own blocks get memory."""
+        module = self.lightning_module
+        assert module is not None
+        if not self.restore_checkpoint_after_setup:
+            super().model_to_device()
+            return
+        if self.split == "time":
+            raise MisconfigurationException(
+                "split='time' cannot measure a model on the meta device: write split='params', or where blocks start"
+            )
+        _, self._blocks = cut_model(module.trainer, self._count, self.module, self.split, self._undo_setup)
+        materialize(module, self._own_names(), self.root_device)
+        self._undo_setup.append(internals.skip_broadcast(module))
+
     def setup(self, trainer: Trainer) -> None:
         """Set up, cut the model, and keep only what this rank owns."""
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
             self._check(trainer)
+        stages = self.stages or self.world_size
+        if stages % self.world_size:
+            raise MisconfigurationException(
+                f"stages={stages} on {self.world_size} devices: write a multiple of the number of devices, or "
+                "devices=1 for virtual stages"
+            )
+        per_rank = stages // self.world_size
+        first = (self.world_size - 1 - self.global_rank) * per_rank  # the last stage is on rank 0
+        self._count, self._mine = stages, range(first, first + per_rank)
         super().setup(trainer)
         internals.keep_samplers(trainer)
         self._cut(trainer)
+        callbacks, relay = internals.callbacks(trainer), MetricsRelay(self.meet)
+        callbacks.insert(int(fitting), relay)  # after MeetingPoints
+        self._undo_setup.append(lambda: callbacks.remove(relay))
         if fitting:
             self.precision_plugin.clip_gradients = self._clip_per_block  # type: ignore[method-assign]
             self._undo_setup.append(lambda: self.precision_plugin.__dict__.pop("clip_gradients", None))
+            self._drain_before_eval(trainer)
+
+    def _drain_before_eval(self, trainer: Trainer) -> None:
+        """Meet before the model is put in eval mode for validation: what is left of the batches is training."""
+        module = trainer.lightning_module
+        evaluate = module.on_validation_model_eval
+
+        def drain_and_evaluate() -> None:
+            if trainer.validating:
+                trainer.training = True
+                self.meet("validation")
+                trainer.validating = True
+            evaluate()
+
+        module.on_validation_model_eval = drain_and_evaluate  # type: ignore[method-assign]
+        self._undo_setup.append(lambda: module.__dict__.pop("on_validation_model_eval", None))
 
     def process_dataloader(self, dataloader: object) -> object:
         """Have all ranks draw the same order."""
-        if self.world_size > 1:
-            share_order(dataloader)
+        if self.world_size > 1 and isinstance(dataloader, DataLoader):
+            share_order(dataloader, internals.batch_sampler(dataloader))
         return dataloader
 
     def _check(self, trainer: Trainer) -> None:
@@ -155,24 +219,16 @@ class DSPStrategy(StaleStrategy):
 
     def _cut(self, trainer: Trainer) -> None:
         module = trainer.lightning_module
-        stages = self.stages or self.world_size
-        if stages % self.world_size:
-            raise MisconfigurationException(
-                f"stages={stages} on {self.world_size} devices: write a multiple of the number of devices, or "
-                "devices=1 for virtual stages"
-            )
+        stages, mine = self._count, self._mine
         staleness = Staleness.of(self.staleness, stages, self.queues)
         owner, self._blocks = cut_model(trainer, stages, self.module, self.split, self._undo_setup)
         check_disjoint(self._blocks)
-        per_rank = stages // self.world_size
-        first = (self.world_size - 1 - self.global_rank) * per_rank  # the last stage is on rank 0
-        mine = range(first, first + per_rank)
         links: dict[str, Channel] = {}
         if self.world_size > 1:
             self._mesh = stage_mesh(self.world_size, self.root_device)
-            prefix = f"lightning_stale/{super().broadcast(uuid.uuid4().hex)}"
+            prefix = f"lightning_stale/{self.broadcast(uuid.uuid4().hex)}"
             store = internals.rendezvous_store()
-            self._health = Health(store, prefix, self.global_rank, _PATIENCE_S, self._check_signals)
+            self._health = Health(store, prefix, self.global_rank, self.world_size, _PATIENCE_S, self._check_signals)
             links = link_stages(self._mesh, staleness, self.root_device, self._health)
         self._pipeline = Pipeline(
             [
@@ -198,21 +254,32 @@ class DSPStrategy(StaleStrategy):
         owner.forward = lambda *args, **kwargs: self._forward(_bound(signature, owner, args, kwargs))
         self._undo_setup.append(lambda: owner.__dict__.pop("forward", None))
         if self.world_size > 1:
-            self._own = own_names(
-                module,
-                [self._blocks[k].module for k in mine],
-                [block.module for block in self._blocks],
-                with_rest=mine[-1] == stages - 1,
-            )
+            self._own = self._own_names()
             names = {id(p): name for name, p in module.named_parameters()}
-            self._shares = [OptimizerShare(optimizer, names, self._own) for optimizer in self.optimizers]
-            release_others(module, self._own)
+            if trainer.state.fn == TrainerFn.FITTING:  # or else they are left from the last fit
+                self._shares = [OptimizerShare(optimizer, names, self._own) for optimizer in self.optimizers]
+            release_others(module, self._own | constant_names(module, [block.module for block in self._blocks]))
             self._blocks = [block if k in mine else Block(nn.Module()) for k, block in enumerate(self._blocks)]
             self._separate_metrics(module)
-            callbacks = internals.callbacks(trainer)
-            relay = MetricsRelay()
-            callbacks.insert(1 if trainer.state.fn == TrainerFn.FITTING else 0, relay)
-            self._undo_setup.append(lambda: callbacks.remove(relay))
+            self._share_results(trainer)
+
+    def _own_names(self) -> set[str]:
+        assert self.lightning_module is not None
+        modules = [block.module for block in self._blocks]
+        return own_names(
+            self.lightning_module,
+            modules[self._mine.start : self._mine.stop],
+            modules,
+            with_rest=self._mine.stop == self._count,
+        )
+
+    def _share_results(self, trainer: Trainer) -> None:
+        """Let ``trainer.validate()`` and ``test()`` return the metrics of rank 0 everywhere."""
+        if trainer.evaluating:
+            loop = trainer.test_loop if trainer.testing else trainer.validate_loop
+            run = loop.run
+            loop.run = lambda: self.broadcast(run())  # type: ignore[method-assign]
+            self._undo_setup.append(lambda: loop.__dict__.pop("run", None))
 
     def _separate_metrics(self, module: LightningModule) -> None:
         """Let torchmetrics gather over the replicas, of which there is one, and not over the stages."""
@@ -228,13 +295,25 @@ class DSPStrategy(StaleStrategy):
     def _forward(self, features: tuple[Any, ...]) -> Any:
         assert self._pipeline is not None
         assert self.lightning_module is not None
-        if self.lightning_module.trainer.training:
-            if self._called:
+        training = self._calls is not None and self.lightning_module.trainer.training
+        if self.world_size > 1 and self._calls is None:
+            raise MisconfigurationException(
+                "the body was called outside of a step, where the stages do not run one after the other: call it in "
+                "training_step, validation_step, test_step or predict_step, and keep what a later hook needs"
+            )
+        if self._calls and (training or self.world_size > 1):
+            raise MisconfigurationException(
+                "the body was called twice in one training_step, validation_step, test_step or predict_step, and a "
+                "pipeline runs each batch through once: call it once, on the concatenated inputs"
+            )
+        if self._calls is not None:
+            self._calls += 1
+        if training:
+            if any(tensor.requires_grad for tensor in tensors(features)):
                 raise MisconfigurationException(
-                    "the body was called twice in one training_step, and a pipeline runs each batch through once: call "
-                    "it once, on the concatenated inputs"
+                    "what training_step computes before the module that was cut has parameters to train, which no "
+                    "stage owns: make it part of that module, or freeze it"
                 )
-            self._called = True
             result = self._pipeline.forward(features)
         else:
             result = self._pipeline.evaluate(features)
@@ -242,16 +321,25 @@ class DSPStrategy(StaleStrategy):
             raise _StageDoneError
         return result[0]
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._called = False
+    @contextmanager
+    def _step(self) -> Iterator[None]:
+        """Count the calls of the body in a step; a rank without the last stage is done after the first."""
+        self._calls = 0
         try:
-            output = super().training_step(*args, **kwargs)
+            yield
         except _StageDoneError:
-            return torch.zeros((), device=self.root_device, requires_grad=True)
-        if not self._called:
-            raise MisconfigurationException(
-                "training_step did not call the module that was cut: name the right one, DSPStrategy(module=...)"
-            )
+            pass
+        finally:
+            self._calls = None
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        output: Any = torch.zeros((), device=self.root_device, requires_grad=True)
+        with self._step():
+            output = super().training_step(*args, **kwargs)
+            if not self._calls:
+                raise MisconfigurationException(
+                    "training_step did not call the module that was cut: name the right one, DSPStrategy(module=...)"
+                )
         if output is None:
             raise MisconfigurationException(
                 "training_step returned None after the stages had run the batch: return a loss, e.g. 0 * loss"
@@ -320,13 +408,19 @@ class DSPStrategy(StaleStrategy):
     # --- evaluation -------------------------------------------------------------------------------------------------
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        return _until_done(super().validation_step, *args, **kwargs)
+        with self._step():
+            return super().validation_step(*args, **kwargs)
+        return None
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        return _until_done(super().test_step, *args, **kwargs)
+        with self._step():
+            return super().test_step(*args, **kwargs)
+        return None
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        return _until_done(super().predict_step, *args, **kwargs)
+        with self._step():
+            return super().predict_step(*args, **kwargs)
+        return None
 
     # --- one replica ------------------------------------------------------------------------------------------------
 
@@ -337,6 +431,31 @@ class DSPStrategy(StaleStrategy):
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
         """Gather over the replicas, of which there is one."""
         return tensor.unsqueeze(0)
+
+    def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
+        """Broadcast once all ranks are there."""
+        self._gather_ranks()
+        return super().broadcast(obj, src)
+
+    def barrier(self, name: str | None = None) -> None:
+        """Wait until all ranks are there."""
+        self._gather_ranks()
+
+    def _gather_everywhere(self, value: Any) -> list[Any]:
+        self._gather_ranks()
+        return gather_everywhere(value)
+
+    def _everyones_values(self) -> list[dict[str, Tensor]]:
+        assert self.lightning_module is not None
+        return self._gather_everywhere(own_values(self.lightning_module, self._own))
+
+    def _gather_ranks(self) -> None:
+        """Wait, before a collective, until all ranks are there; the collective itself would wait for a dead one."""
+        if self.world_size > 1:
+            if self._health is None:
+                super().barrier()
+            else:
+                self._health.wait(internals.asynchronous_barrier(self.root_device))
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Take the decision of rank 0, where the metrics are."""
@@ -353,14 +472,14 @@ class DSPStrategy(StaleStrategy):
         if self.lightning_module.trainer.interrupted:
             raise RuntimeError("the run has failed, and a checkpoint needs every stage: resume from the last one")
         self.meet("a checkpoint")
-        return complete_state_dict(self.lightning_module, gather_everywhere(own_values(self.lightning_module)))
+        return complete_state_dict(self.lightning_module, self._everyones_values())
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return the whole optimizer's state, in the user's parameter order."""
         raw = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         for share in self._shares:
             if share.optimizer is raw:
-                return share.complete(gather_everywhere(share.state()))
+                return share.complete(self._gather_everywhere(share.state()))
         return super().optimizer_state(optimizer)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -376,8 +495,8 @@ class DSPStrategy(StaleStrategy):
         self._note_summary()
         if self.world_size > 1:
             assert self.lightning_module is not None
-            everyone = gather_everywhere(own_values(self.lightning_module))
-            states = [share.complete(gather_everywhere(share.state())) for share in self._shares]
+            everyone = self._everyones_values()
+            states = [share.complete(self._gather_everywhere(share.state())) for share in self._shares]
             put_back(self.lightning_module, {name: v for values in everyone for name, v in values.items()})
             for share, state in zip(self._shares, states, strict=True):
                 share.join(self.lightning_module, state)
@@ -395,16 +514,21 @@ class DSPStrategy(StaleStrategy):
             fn = self.lightning_module._trainer and self.lightning_module.trainer.state
             values: dict[str, Tensor] = {}
             if fn and not self.lightning_module.trainer.interrupted:  # validate, test or predict has ended well
-                everyone = gather_everywhere(own_values(self.lightning_module))
+                everyone = self._everyones_values()
                 values = {name: v for own in everyone for name, v in own.items()}
             put_back(self.lightning_module, values)
         self._shares, self._blocks, self._mesh = [], [], None
         super().teardown()
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Tell the other ranks; in ``fit`` they have been told already, before any other callback."""
+        self.report(exception)
+
     def report(self, exception: BaseException) -> None:
-        if self._health is None or isinstance(exception, StageFailedError):
+        if self._health is None or isinstance(exception, StageFailedError) or exception is self._reported:
             return
-        first = self._health.failure()
+        self._reported = exception
+        first = self._health.failure
         if first is not None:
             exception.__cause__ = exception.__cause__ or first
         elif isinstance(exception, KeyboardInterrupt):
@@ -425,7 +549,7 @@ class DSPStrategy(StaleStrategy):
         assert self._pipeline is not None
         busy = [self._pipeline.busy_s]
         if self.world_size > 1:
-            busy = gather_everywhere(self._pipeline.busy_s)[::-1]
+            busy = self._gather_everywhere(self._pipeline.busy_s)[::-1]
         per_rank = len(self._summary["stages"]) // len(busy)
         for row in self._summary["stages"]:
             row["busy_s"] = busy[row["stage"] // per_rank] / per_rank
@@ -444,10 +568,3 @@ def _bound(bind: Callable[..., inspect.BoundArguments], owner: nn.Module, args: 
     bound = bind(owner, *args, **kwargs)
     bound.apply_defaults()
     return tuple(bound.arguments.values())[1:]
-
-
-def _until_done(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    try:
-        return step(*args, **kwargs)
-    except _StageDoneError:
-        return None

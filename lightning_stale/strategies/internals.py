@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.overrides.distributed import _sync_module_states
-from torch.distributed.distributed_c10d import Store, _get_default_store
+from torch.distributed.distributed_c10d import Store, Work, _get_default_store
+from torch.utils.data import DataLoader
 
 log = logging.getLogger(__name__)
 
@@ -24,9 +25,23 @@ def broadcast_module(module: torch.nn.Module) -> None:
     _sync_module_states(module)
 
 
+def skip_broadcast(module: torch.nn.Module) -> Callable[[], None]:
+    """Let DDP's set-up leave the tensors of ``module`` as they are; return what undoes it."""
+    names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    module._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]
+    return lambda: delattr(module, "_ddp_params_and_buffers_to_ignore")
+
+
 def rendezvous_store() -> Store:
     """Return the key-value store over which the ranks have found each other."""
     return _get_default_store()
+
+
+def asynchronous_barrier(device: torch.device) -> Work:
+    """Start a barrier of all ranks, and return at once."""
+    indices = [device.index] if device.type == "cuda" else None
+    work: Work = torch.distributed.barrier(async_op=True, device_ids=indices)
+    return work
 
 
 def free_batches(trainer: Trainer) -> Callable[[], None]:
@@ -82,6 +97,12 @@ def saves_by_time(callback: ModelCheckpoint) -> bool:
     return callback._train_time_interval is not None
 
 
+def saves_now(callback: Callback, trainer: Trainer) -> bool:
+    """Whether ``callback`` may save a checkpoint at the end of this training batch."""
+    steps = callback._every_n_train_steps if isinstance(callback, ModelCheckpoint) else 0
+    return steps >= 1 and trainer.global_step % steps == 0
+
+
 def current_hook(module: LightningModule) -> str | None:
     """Return the name of the LightningModule hook that runs now."""
     return module._current_fx_name
@@ -93,6 +114,11 @@ def keep_samplers(trainer: Trainer) -> None:
     Lightning's injected sampler would shuffle training data even where the user has not asked for it.
     """
     trainer._accelerator_connector.use_distributed_sampler = False
+
+
+def batch_sampler(loader: DataLoader[Any]) -> Any:
+    """Return the batch sampler that the user has made, under the wrapper that Lightning puts around it to predict."""
+    return getattr(loader.batch_sampler, "_batch_sampler", loader.batch_sampler)
 
 
 class _CapturedError(Exception):

@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_stale.strategies import internals
 
 
 class MetricsRelay(Callback):
-    """Copies ``trainer.callback_metrics`` of rank 0 to all ranks, before any other callback looks for them."""
+    """Copies ``trainer.callback_metrics`` of rank 0 to all ranks, before any other callback looks for them.
+
+    Args:
+        meet: drains the pipeline.
+    """
+
+    def __init__(self, meet: Callable[[str], None]) -> None:
+        self._meet = meet
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Drain for a checkpoint first: a stage that still waits for gradients would be missing in a collective."""
+        if any(internals.saves_now(callback, trainer) for callback in internals.callbacks(trainer)):
+            self._meet("a checkpoint")
+            self._relay(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._relay(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._relay(trainer)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._relay(trainer)
 
     def _relay(self, trainer: Trainer) -> None:

@@ -1,0 +1,284 @@
+"""Blocks are balanced, and composed they are the original, forward and backward, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import time
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lightning_stale import DSPStrategy
+from lightning_stale.pipeline.partition import (
+    CannotCutError,
+    check_cut_points,
+    count_parameters,
+    cut_points,
+    cut_sequential,
+    cut_traced,
+    find_body,
+    measure_layers,
+)
+from lightning_stale.pipeline.stage import Block, check_disjoint
+from tests.integration.models import trainer
+from tests.unit.pipeline.networks import GPT, Branching, Chain, ResNet, Skips, batches
+
+
+def costs_of(costs: list[float], starts: list[int]) -> list[float]:
+    bounds = [0, *starts, len(costs)]
+    return [sum(costs[a:b]) for a, b in itertools.pairwise(bounds)]
+
+
+# --- where to cut -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_twenty_uneven_layers_are_balanced_within_ten_percent(stages: int) -> None:
+    widths = [30, 34, 32, 40, 36, 30, 44, 38, 32, 30, 46, 34, 30, 42, 36, 40, 32, 38, 34, 44, 30]
+    body = nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(widths)))
+    assert len(body) == 20
+    starts = cut_points([count_parameters(layer) for layer in body], stages)
+    blocks = [count_parameters(block) for block in cut_sequential(body, starts)]
+    assert sum(blocks) == count_parameters(body)
+    assert max(blocks) <= 1.1 * sum(blocks) / stages
+
+
+@settings(deadline=None)
+@given(costs=st.lists(st.integers(0, 20), min_size=1, max_size=8), data=st.data())
+def test_no_other_cut_is_better_balanced(costs: list[float], data: st.DataObject) -> None:
+    stages = data.draw(st.integers(1, len(costs)))
+    starts = cut_points(costs, stages)
+    best = min(max(costs_of(costs, list(other))) for other in itertools.combinations(range(1, len(costs)), stages - 1))
+    assert max(costs_of(costs, starts)) == best
+    assert check_cut_points(starts, len(costs), stages) == starts
+
+
+def test_fewer_layers_than_stages_is_an_error() -> None:
+    with pytest.raises(CannotCutError, match=r"2 layers cannot be cut into 3 blocks: write stages=2 or less"):
+        cut_points([1, 1], 3)
+
+
+@pytest.mark.parametrize(
+    ("split", "says"),
+    [
+        ([3], r"split=\[3\] makes 2 blocks for 3 stages: write 2 integers, e.g. split=\[3, 7\]"),
+        ([0, 3], r"split=\[0, 3\]: write increasing integers between 1 and 9"),
+        ([3, 10], r"split=\[3, 10\]: write increasing integers between 1 and 9"),
+        ([6, 3], r"split=\[6, 3\]: .* e.g. split=\[3, 7\]"),
+        ([3, 3], r"split=\[3, 3\]: write increasing"),
+    ],
+)
+def test_integers_that_make_no_blocks_are_an_error(split: list[int], says: str) -> None:
+    with pytest.raises(CannotCutError, match=says):
+        check_cut_points(split, layers=10, stages=3)
+
+
+def test_integers_say_where_further_blocks_start() -> None:
+    body = nn.Sequential(*(nn.Linear(2, 2) for _ in range(5)))
+    cut = cut_sequential(body, check_cut_points([1, 4], 5, 3))
+    assert [[name for name, _ in block.named_children()] for block in cut] == [["0"], ["1", "2", "3"], ["4"]]
+    assert list(cut[1].children()) == list(body.children())[1:4], "the layers themselves, not copies"
+
+
+class Sleep(nn.Module):
+    def __init__(self, forward_s: float, parameters: int) -> None:
+        super().__init__()
+        self.forward_s = forward_s
+        self.weight = nn.Parameter(torch.ones(parameters))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(self.forward_s)
+        self.calls += 1
+        return x * self.weight.mean()
+
+
+class Sleeping(Chain):
+    def __init__(self) -> None:
+        super().__init__()
+        costs = [(0.005, 50), (0.005, 1), (0.005, 1), (0.015, 1), (0.015, 1)]
+        self.net = nn.Sequential(*(Sleep(seconds, parameters) for seconds, parameters in costs))
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        return output.square().mean()
+
+
+def test_split_by_time_measures_what_training_will_run_and_changes_nothing() -> None:
+    model = Sleeping()
+    seconds = measure_layers(model.net, torch.zeros(4, 6), repetitions=2)
+    assert cut_points(seconds, 3) == [3, 4]
+    assert cut_points([count_parameters(layer) for layer in model.net], 3) == [1, 2], "parameters say otherwise"
+    assert all(buffer == 0 for buffer in model.net.buffers())
+    assert all(parameter.grad is None for parameter in model.net.parameters())
+
+    strategy = DSPStrategy(stages=3, staleness="bp", split="time")
+    torch.manual_seed(3)
+    trainer(1, strategy, max_steps=2).fit(model, batches(2))
+    assert [row["parameters"] for row in strategy.summary()["stages"]] == [52, 1, 1]
+    assert all(buffer == 2 for buffer in model.net.buffers()), "two training steps, and not the measurement"
+
+
+# --- what to cut ------------------------------------------------------------------------------------------------------
+
+
+class Holder(L.LightningModule):
+    def __init__(self, **children: nn.Module) -> None:
+        super().__init__()
+        for name, child in children.items():
+            self.add_module(name, child)
+
+
+def test_the_body_is_the_sequential_with_most_parameters() -> None:
+    small, large = nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(9, 9), nn.Sequential(nn.Linear(2, 2)))
+    model = Holder(head=small, inner=Holder(body=large), other=nn.Linear(99, 99))
+    assert find_body(model, None, sequential=True) == "inner.body"
+    assert find_body(model, "head", sequential=True) == "head"
+    assert find_body(model, None, sequential=False) == "other"
+
+
+def test_a_compiled_body_is_seen_through() -> None:
+    body = nn.Sequential(nn.Linear(2, 2))
+    assert find_body(Holder(net=torch.compile(body)), None, sequential=True) == "net"
+
+
+def test_what_is_not_there_is_named_with_the_alternatives() -> None:
+    with pytest.raises(CannotCutError, match=r"module='boby' is not a module of Holder: it has 'body', 'body.0'"):
+        find_body(Holder(body=nn.Sequential(nn.Linear(2, 2))), "boby", sequential=True)
+    with pytest.raises(CannotCutError, match=r"Holder has no nn.Sequential .*split=.*module=.*configure_stages"):
+        find_body(Holder(net=nn.Linear(2, 2)), None, sequential=True)
+
+
+# --- traced models ----------------------------------------------------------------------------------------------------
+
+
+def images(n: int) -> Tensor:
+    return torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(n))
+
+
+def tokens(n: int) -> Tensor:
+    return torch.randint(11, (n, 6 if n > 1 else 4), generator=torch.Generator().manual_seed(n))
+
+
+def rows(n: int) -> Tensor:
+    return torch.randn(n, 6, generator=torch.Generator().manual_seed(n))
+
+
+TRACED = [
+    (ResNet, ["layer2", "layer3"], images),
+    (ResNet, ["layer1.1", "layer2.0.conv2", "fc"], images),  # within a residual connection
+    (GPT, ["h.1", "h.3"], tokens),
+    (GPT, ["h.0", "h.2.mlp", "head"], tokens),
+    (Skips, ["down2", "middle", "up2", "up1"], rows),
+]
+
+
+def compose(blocks: list[nn.Module], x: Tensor, *rest: Any) -> Tensor:
+    features: tuple[Any, ...] = (x, *rest)
+    for k, block in enumerate(blocks):
+        features = Block(block, spreads=k < len(blocks) - 1)(features)
+    return features[0]
+
+
+@pytest.mark.parametrize(("network", "names", "data"), TRACED)
+def test_the_blocks_composed_are_the_original_bit_for_bit(network: Any, names: list[str], data: Any) -> None:
+    torch.manual_seed(1)
+    original = network()
+    body = copy.deepcopy(original)
+    blocks = cut_traced(body, names, "net")
+    check_disjoint([Block(block) for block in blocks])
+    assert sum(count_parameters(block) for block in blocks) == count_parameters(original)
+    rest = (None,) if network is GPT else ()
+    for n in (5, 3, 1 if network is not ResNet else 2):  # batch sizes change; of the GPT, the length too
+        expected, got = original(data(n), *rest), compose(blocks, data(n), *rest)
+        assert torch.equal(expected, got)
+        expected.square().sum().backward()
+        got.square().sum().backward()
+    for (name, p), q in zip(original.named_parameters(), body.parameters(), strict=True):
+        assert p.grad is not None
+        assert q.grad is not None
+        assert torch.equal(p.grad, q.grad), name
+    for (name, a), b in zip(original.named_buffers(), body.named_buffers(), strict=True):
+        assert torch.equal(a, b[1]), name
+
+
+def test_a_block_starts_where_its_name_says() -> None:
+    blocks = cut_traced(ResNet(), ["layer2", "layer3"], "net")
+    first = [name.split(".")[0] for name, _ in blocks[0].named_parameters()]
+    second = {name.split(".")[0] for name, _ in blocks[1].named_parameters()}
+    third = {name.split(".")[0] for name, _ in blocks[2].named_parameters()}
+    assert set(first) == {"conv1", "bn1", "layer1"}
+    assert (second, third) == ({"layer2"}, {"layer3", "fc"})
+
+
+def test_a_traced_model_follows_train_and_eval() -> None:
+    """``F.dropout(x, p, self.training)`` is traced as what it was at the time."""
+    torch.manual_seed(1)
+    original = GPT(dropout=0.5)
+    body = copy.deepcopy(original)
+    blocks = cut_traced(body, ["h.2"], "net")
+    for mode in (True, False, True):
+        original.train(mode)
+        body.train(mode)
+        torch.manual_seed(2)
+        expected = original(tokens(5))
+        torch.manual_seed(2)
+        assert torch.equal(compose(blocks, tokens(5), None), expected)
+
+
+def test_what_cannot_be_cut_gets_an_error_with_the_alternatives() -> None:
+    with pytest.raises(CannotCutError, match=r"net \(Branching\) cannot be traced") as raised:
+        cut_traced(Branching(), ["two"], "net")
+    for alternative in ("nn.Sequential", "DSPStrategy(module=...)", "configure_stages()"):
+        assert alternative in str(raised.value)
+    with pytest.raises(CannotCutError, match=r"'layer9' is not a submodule of net; it has 'conv1', 'bn1', .*'layer3'"):
+        cut_traced(ResNet(), ["layer2", "layer9"], "net")
+    with pytest.raises(CannotCutError, match=r"'layer1' is not called after the ones before it in net"):
+        cut_traced(ResNet(), ["layer2", "layer1"], "net")
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(11, 8)
+        self.middle = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.wte.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.middle(self.wte(tokens)))
+
+
+def test_a_parameter_shared_across_a_cut_is_an_error() -> None:
+    blocks = [Block(block) for block in cut_traced(Tied(), ["middle"], "net")]
+    with pytest.raises(ValueError, match=r"blocks 0 and 1 share a parameter \('wte.weight' and 'head.weight'\)"):
+        check_disjoint(blocks)
+
+
+class Everywhere(nn.Module):
+    """Uses a buffer, and if asked to a parameter, in all blocks."""
+
+    def __init__(self, parameter: bool) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.register_buffer("shift", torch.arange(6.0))
+        self.gain = nn.Parameter(torch.ones(6)) if parameter else 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.gain * self.one(x) + self.shift
+        return self.three(self.two(x)) * self.gain + self.shift
+
+
+def test_a_buffer_of_all_blocks_is_held_by_each_and_a_parameter_refused() -> None:
+    model = Everywhere(parameter=False)
+    blocks = cut_traced(model, ["two", "three"], "net")
+    features = Block(blocks[1], spreads=True)(Block(blocks[0], spreads=True)((rows(4),)))
+    assert len(features) == 1, "the buffer does not travel"
+    assert torch.equal(blocks[2](*features), model(rows(4)))
+    with pytest.raises(ValueError, match=r"blocks 0 and 2 share a parameter \('gain' and 'gain'\)"):
+        check_disjoint([Block(block) for block in cut_traced(Everywhere(parameter=True), ["two", "three"], "net")])
