@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ def _is_plain(value: Any) -> bool:
         return value.numel() == 1
     if isinstance(value, (tuple, list)):
         return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, (bool, int, float, str))
+    return value is None or isinstance(value, (str, numbers.Real))  # NumPy's numbers are Real too
 
 
 def _plain(value: Any) -> Any:
@@ -45,4 +46,6 @@ def _plain(value: Any) -> Any:
         return value.item()
     if isinstance(value, (tuple, list)):
         return [_plain(item) for item in value]
-    return value
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)

@@ -35,7 +35,7 @@ SCHEMA: dict[str, dict[str, type | tuple[type, ...]]] = {
         "compute_s": float,
     },
     "chunk": {"offset": int},
-    "sync": {"place": str, "detail": str, "wait_s": float, "compute_s": float},
+    "sync": {"place": str, "detail": str, "pull": bool, "wait_s": float, "compute_s": float},
     "pull": {},
     "optimizer_state": {"optimizer": int},
     "snapshot": {},
@@ -48,6 +48,7 @@ SCHEMA: dict[str, dict[str, type | tuple[type, ...]]] = {
     "synced": {"version": int, "nbytes": int},
     "reply": {"nbytes": int},
     "failed": {"kind": str, "text": str},
+    "aborted": {"cause": str},  # the failure that came before, if any
 }
 
 

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lightning_stale.paradigms import Paradigm, as_paradigm
 from lightning_stale.parameter_server import memory
 from lightning_stale.parameter_server.client import (
+    CONNECT_TIMEOUT_S,
     Endpoint,
     ParameterClient,
     Release,
@@ -76,6 +77,7 @@ class StaleSyncStrategy(StaleStrategy):
         self._client: ParameterClient | None = None
         self._exchange: Exchange | None = None
         self._snapshot: Mapping[str, Any] | None = None  # of the checkpoint that fit resumes from
+        self._last_snapshot: Mapping[str, Any] | None = None  # of the server when fit had ended
         self._summary: dict[str, Any] = {"paradigm": repr(self.paradigm), "updates": 0, "workers": []}
 
     def summary(self) -> dict[str, Any]:
@@ -106,9 +108,13 @@ class StaleSyncStrategy(StaleStrategy):
     def on_train_start(self) -> None:
         """Let the server start and connect to it: weights, optimizers and clocks are final by now."""
         super().on_train_start()
+        try:
+            self.barrier("the start of fit")
+        except RuntimeError as error:
+            raise RunFailedError("error", "a worker ended before training started; it says why") from error
         endpoint = self._share_endpoint()
         self._client = ParameterClient(endpoint, self.global_rank, self.transport, self._check_signals)
-        self._guard(lambda: self._require_client().meet("the start of fit", "step 0"))
+        self._guard(lambda: self._require_client().meet("the start of fit", "step 0", timeout_s=2 * CONNECT_TIMEOUT_S))
         self._exchange = Exchange(
             self._client,
             self.optimizers,
@@ -119,7 +125,7 @@ class StaleSyncStrategy(StaleStrategy):
         )
         for optimizer in self.optimizers:
             optimizer.state.clear()  # it lives in the server now
-        self._snapshot = None
+        self._snapshot = self._last_snapshot = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Let the time until the next push count as computing."""
@@ -133,6 +139,7 @@ class StaleSyncStrategy(StaleStrategy):
         for index, optimizer in enumerate(self.optimizers):
             optimizer.load_state_dict(self.optimizer_state_of(index))
         self.summary()
+        self._last_snapshot = client.snapshot()
         self._release_model()
         client.close(finished=True)
         self._client = None
@@ -170,7 +177,18 @@ class StaleSyncStrategy(StaleStrategy):
             client.abort("sigterm", "received SIGTERM")
         else:
             lines = "".join(traceback.format_exception(exception))
-            client.abort("error", f"raised {type(exception).__name__}; its traceback:\n{lines}")
+            cause = client.abort("error", f"raised {type(exception).__name__}; its traceback:\n{lines}")
+            exception.__cause__ = exception.__cause__ or cause
+
+    def _before_collective(self, name: str, group: Any | None = None) -> None:
+        """Meet at the server first: it tells workers that are at different places, or one of which has failed.
+
+        The collective itself would wait for its timeout, or speak of a broken connection.
+        """
+        if self._client is None or self.world_size == 1 or group is not None or self._require_trainer().interrupted:
+            return
+        client, step = self._client, self._require_trainer().global_step
+        self._guard(lambda: client.meet(f"a collective operation ({name})", f"step {step}", pull=False))
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -202,8 +220,10 @@ class StaleSyncStrategy(StaleStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Save an ordinary Lightning checkpoint, with the clocks in an entry of its own."""
-        if self._client is not None and self.is_global_zero and "optimizer_states" in checkpoint:
-            checkpoint[CHECKPOINT_KEY] = self._client.snapshot()
+        if self.is_global_zero and "optimizer_states" in checkpoint:
+            snapshot = self._last_snapshot if self._client is None else self._client.snapshot()
+            if snapshot is not None:
+                checkpoint[CHECKPOINT_KEY] = snapshot
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
