@@ -120,10 +120,9 @@ def _map(descriptor: int, nbytes: int) -> Tensor:
 
 
 def _free_bytes(folder: str) -> int:
-    try:
-        status = os.statvfs(folder)
-    except OSError:
+    if not os.access(folder, os.W_OK):
         return -1
+    status = os.statvfs(folder)
     return status.f_bavail * status.f_frsize
 
 

@@ -203,6 +203,8 @@ class ParameterServer:
             raise wire.WireError(f"a push for optimizer {message['optimizer']}")
         if len(message["used"]) != len(self._store.places(message["optimizer"])):
             raise wire.WireError(f"a push for {len(message['used'])} parameters")
+        if worker.message is not None or not 0 <= message["nbytes"] <= self._layout.nbytes:
+            raise wire.WireError(f"a push of {message['nbytes']} bytes, with {worker.missing} of the last one missing")
         worker.message, worker.missing = message, message["nbytes"]
         if worker.missing == 0:
             self._take_push(worker)
@@ -240,7 +242,7 @@ class ParameterServer:
         self._release(self._paradigm.push(worker.rank, self._now()))
 
     def _release(self, ranks: list[int]) -> None:
-        if self._round and (ranks or not self._paradigm.clocks):
+        if self._round and ranks:
             self._store.apply_mean([self._round[rank] for rank in sorted(self._round)])
             self._round.clear()
         for rank in ranks:

@@ -101,7 +101,12 @@ def encode_object(value: Any) -> bytes:
     Raises:
         WireError: for anything else, with its type.
     """
-    packed: bytes = msgpack.packb(value, default=_pack_extension, strict_types=True, use_bin_type=True)
+    try:
+        packed: bytes = msgpack.packb(value, default=_pack_extension, strict_types=True, use_bin_type=True)
+    except WireError:
+        raise
+    except ValueError as error:
+        raise WireError(f"too large to travel, at most 4 GiB for a tensor: {error}") from error
     return packed
 
 

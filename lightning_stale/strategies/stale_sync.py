@@ -27,6 +27,7 @@ from lightning_stale.parameter_server.client import (
 )
 from lightning_stale.parameter_server.layout import Layout
 from lightning_stale.parameter_server.process import ServerProcess
+from lightning_stale.parameter_server.wire import WireError
 from lightning_stale.strategies import internals
 from lightning_stale.strategies.base import StaleStrategy
 from lightning_stale.strategies.exchange import Exchange, unique_parameters
@@ -136,8 +137,7 @@ class StaleSyncStrategy(StaleStrategy):
         """Take the optimizer state back, and let the server end."""
         super().on_train_end()
         client = self._require_client()
-        for index, optimizer in enumerate(self.optimizers):
-            optimizer.load_state_dict(self.optimizer_state_of(index))
+        self._take_back_optimizers()
         self.summary()
         self._last_snapshot = client.snapshot()
         self._release_model()
@@ -149,6 +149,14 @@ class StaleSyncStrategy(StaleStrategy):
 
     def teardown(self) -> None:
         """End what is left after a failure; the model keeps the weights it has."""
+        if self._exchange is not None:
+            try:
+                self._take_back_optimizers()
+            except (ServerLostError, RunFailedError, WireError):
+                rank_zero_warn(
+                    "the state of the optimizers was in the parameter server, which is gone: what is saved now lacks "
+                    "it. Resume from the last checkpoint."
+                )
         self._release_model()
         if self._client is not None:
             self._client.close(finished=False)
@@ -157,6 +165,10 @@ class StaleSyncStrategy(StaleStrategy):
             self._server.stop(grace_s=1.0)
             self._server = None
         super().teardown()
+
+    def _take_back_optimizers(self) -> None:
+        for index, optimizer in enumerate(self.optimizers):
+            optimizer.load_state_dict(self.optimizer_state_of(index))
 
     def meet(self, place: str) -> None:
         if self._client is None:  # sanity validation, or after fit

@@ -277,7 +277,7 @@ def _main(
 ) -> None:
     os.environ.update(environment)
     os.setpgrp()  # what this worker forks is found by its group; what it executes, by the mark in the environment too
-    multiprocessing.set_start_method("fork", force=True)  # of a DataLoader's workers: this process was not forked itself
+    multiprocessing.set_start_method("fork", force=True)  # as in a user's process: DataLoader workers end with this one
     stack = (Path(folder) / f"stack-{rank}").open("w")
     faulthandler.register(signal.SIGUSR2, file=stack, all_threads=True)
     import torch

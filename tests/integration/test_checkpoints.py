@@ -369,3 +369,31 @@ def test_on_exception_checkpoint(
     assert len(state["state"]) == 4  # momentum of each parameter
     ((result,),) = run_workers(resume, 1, tmp_path / "resume", 1, ["dssp"], [path])
     check_resumed(saved, [result])
+
+
+class FailingOnce(Regression):
+    """Raises in its sixth step, once."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == 5:
+            raise ValueError("a fault that the script catches")
+        return self.loss(batch)
+
+
+def save_after_a_caught_failure(rank: int, strategy: str, path: Path) -> dict[str, Any]:
+    t = trainer(1, strategy, max_epochs=1, use_distributed_sampler=False)
+    with pytest.raises(ValueError, match="that the script catches"):
+        t.fit(FailingOnce("Adam", lr=0.01), loader())
+    t.save_checkpoint(path)
+    return torch.load(path, weights_only=False)
+
+
+def test_after_a_caught_failure_nothing_is_lost(tmp_path: Path) -> None:
+    """The optimizers' state is taken back from the server before that ends."""
+    plain, stale = (
+        run_workers(save_after_a_caught_failure, 1, tmp_path / strategy, strategy, tmp_path / f"{strategy}.ckpt")[0]
+        for strategy in ("auto", "dssp")
+    )
+    assert_same(plain["state_dict"], stale["state_dict"])
+    assert len(stale["optimizer_states"][0]["state"]) == 4
+    assert_equal(plain["optimizer_states"], stale["optimizer_states"])

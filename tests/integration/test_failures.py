@@ -30,10 +30,10 @@ class Faulty(Regression):
         self.folder, self.raises, self.on_rank = folder, raises, on_rank
 
     def fault(self, place: str) -> None:
-        if self.raises == "SIGKILL" and self.global_rank == self.on_rank and place == "beside a collective":
-            os.kill(os.getpid(), signal.SIGKILL)
         if self.raises == place and self.global_rank == self.on_rank:
             raise ValueError(f"a fault in {place} of rank {self.global_rank}")
+        if self.raises == f"SIGKILL {place}" and self.global_rank == self.on_rank:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def on_train_start(self) -> None:
         self.fault("on_train_start")
@@ -48,7 +48,7 @@ class Faulty(Regression):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.fault("validation_step")
-        if self.raises in ("beside a collective", "SIGKILL"):
+        if "beside a collective" in self.raises:
             self.fault("beside a collective")
             torch.distributed.all_reduce(torch.zeros(1))  # the user's, or of torchmetrics: not seen by the strategy
         super().validation_step(batch, batch_idx)
@@ -112,7 +112,9 @@ def test_the_others_name_a_worker_that_is_killed(killed: int, strategy: Any, num
 def test_a_worker_is_named_that_is_killed_while_the_others_wait_for_it_in_a_collective(
     killed: int, tmp_path: Path
 ) -> None:
-    with workers(train, 2, tmp_path, tmp_path, "asp", fault=("SIGKILL", killed), validates=True) as group:
+    with workers(
+        train, 2, tmp_path, tmp_path, "asp", fault=("SIGKILL beside a collective", killed), validates=True
+    ) as group:
         ended = group.join(timeout=30)
     assert ended[killed].exitcode == -signal.SIGKILL
     # what happened first stands before what it led to

@@ -145,3 +145,14 @@ class TestSegments:
     def test_a_folder_that_cannot_be_written_is_an_error(self, tmp_path: Path) -> None:
         with pytest.raises(SharedMemoryError, match="cannot take 1 MiB of shared memory in"):
             create_segment(MIB, str(tmp_path / "missing"))
+
+
+def test_a_folder_that_cannot_be_written_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_only, other = tmp_path / "read-only", tmp_path / "other"
+    read_only.mkdir()
+    other.mkdir()
+    monkeypatch.setattr(memory.os, "access", lambda folder, mode: folder != str(read_only))  # root may write anywhere
+    folder, warning = memory.choose_folder(1, [str(read_only), str(other)])
+    assert folder == str(other)
+    assert warning is not None
+    assert f"{read_only} cannot be used" in warning

@@ -581,6 +581,24 @@ def test_a_goodbye_that_comes_with_the_end_of_the_connection_counts() -> None:
     assert harness.take(0) == []
 
 
+@pytest.mark.parametrize("nbytes", [-1, 2**40])
+def test_a_push_of_an_impossible_size_is_refused(nbytes: int) -> None:
+    harness = Harness(ASP())
+    harness.start()
+    message = {"optimizer": 0, "used": [True] * len(harness.store.places(0)), "options": [], "clip": None}
+    harness.send(0, "push", **message, nbytes=nbytes, wait_s=0.0, compute_s=0.0)
+    assert f"a push of {nbytes} bytes" in harness.failure(1)["text"]
+
+
+def test_a_push_before_the_last_is_complete_is_refused() -> None:
+    harness = Harness(ASP())
+    harness.start()
+    message = {"optimizer": 0, "used": [True] * len(harness.store.places(0)), "options": [], "clip": None}
+    for _ in range(2):
+        harness.send(0, "push", **message, nbytes=8, wait_s=0.0, compute_s=0.0)
+    assert "with 8 of the last one missing" in harness.failure(1)["text"]
+
+
 def test_an_abort_reaches_the_others() -> None:
     harness = Harness(BSP(), world_size=3)
     harness.start()
@@ -654,7 +672,7 @@ def test_who_connects_after_a_failure_learns_of_it() -> None:
     harness.hello(0)
     harness.send(0, "abort", kind="error", text="raised")
     harness.send(1, "hello", rank=1, pid=1001, shared=False)
-    assert harness.kinds(1) == ["welcome", "failed"]
+    assert harness.kinds(1) == ["failed"]
 
 
 def test_who_cannot_get_shared_memory_is_told(tmp_path: Path) -> None:

@@ -224,6 +224,11 @@ def test_other_values_are_refused_with_their_type(value: Any) -> None:
     assert "may hold tensors, numbers, strings, lists, tuples and dicts" in str(error.value)
 
 
+def test_a_number_of_more_than_64_bits_is_refused() -> None:
+    with pytest.raises(WireError, match="int cannot travel"):
+        wire.encode_object({"step": 2**64})
+
+
 def test_an_unknown_extension_is_refused() -> None:
     with pytest.raises(WireError, match="extension 9"):
         decode_object(msgpack.packb(msgpack.ExtType(9, b"")))
