@@ -188,10 +188,10 @@ class ParameterClient:
 
     # --- questions --------------------------------------------------------------------------------------------------
 
-    def optimizer_state(self, optimizer: int) -> dict[int, Any]:
-        """Return ``state_dict()["state"]`` of the server's optimizer."""
-        state: dict[int, Any] = self._ask("optimizer_state", optimizer=optimizer)
-        return state
+    def optimizer_state(self, optimizer: int) -> dict[str, Any]:
+        """Return the ``state_dict()`` of the server's optimizer; of its param groups, what ``step`` keeps there."""
+        state_dict: dict[str, Any] = self._ask("optimizer_state", optimizer=optimizer)
+        return state_dict
 
     def snapshot(self) -> dict[str, Any]:
         """Return what a checkpoint holds of the server beside weights and optimizers: clocks and counts."""

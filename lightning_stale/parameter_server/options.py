@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -20,17 +20,37 @@ def read_options(optimizer: Optimizer) -> Options:
     ]
 
 
-def write_options(optimizer: Optimizer, options: Sequence[Mapping[str, Any]]) -> None:
-    """Set the values that :func:`read_options` took from a worker's optimizer on the server's."""
-    for group, values in zip(optimizer.param_groups, options, strict=True):
+def write_options(
+    optimizer: Optimizer, options: Sequence[Mapping[str, Any]], keep: Collection[tuple[int, str]] = ()
+) -> None:
+    """Set the values that :func:`read_options` took from a worker's optimizer on the server's.
+
+    Args:
+        optimizer: the server's.
+        options: the values, per param group.
+        keep: (group, name) of those that the server's optimizer keeps itself.
+    """
+    for index, (group, values) in enumerate(zip(optimizer.param_groups, options, strict=True)):
         for name, value in values.items():
             held = group.get(name)
+            if (index, name) in keep:
+                continue
             if isinstance(held, Tensor):
                 held.fill_(value)
             elif name in ("capturable", "fused", "foreach"):  # how to compute, not what: the server's own choice
                 continue
             else:
                 group[name] = tuple(value) if isinstance(held, tuple) else value
+
+
+def changed_options(before: Options, after: Options) -> set[tuple[int, str]]:
+    """Return (group, name) of the values that are in ``after`` and differ from ``before``."""
+    return {
+        (index, name)
+        for index, (old, new) in enumerate(zip(before, after, strict=True))
+        for name, value in new.items()
+        if name not in old or old[name] != value
+    }
 
 
 def _is_plain(value: Any) -> bool:

@@ -188,6 +188,8 @@ class ParameterServer:
             path, token = segment.path, segment.token
             worker.gradients, worker.weights = segment.data[:nbytes], segment.data[nbytes:]
             worker.gradient_views = self._layout.views(worker.gradients)
+            if self._world_size == 1:  # one set of weights for both: what the worker does to them itself counts
+                self._store.move_to(worker.weights, self._layout)
         self._socket.router.send_multipart(
             [identity, wire.encode_message("welcome", path=path, token=token, nbytes=2 * nbytes)]
         )
@@ -259,7 +261,7 @@ class ParameterServer:
         if worker.weights is None:
             self._send(worker, kind, self._store.weights if stale else None, version=worker.pulled, **fields)
         else:
-            if stale:
+            if stale and worker.weights is not self._store.weights:
                 worker.weights.copy_(self._store.weights)
             self._send(worker, kind, version=worker.pulled, **fields)
 
@@ -294,9 +296,10 @@ class ParameterServer:
             if worker.place
         )
         return (
-            f"the workers met at different places: {places}. Validation and checkpoints within an epoch need the same "
-            "number of batches on every rank: validate and save at the end of an epoch (val_check_interval=1.0, "
-            "every_n_train_steps=None), or give every rank as many batches (Trainer(limit_train_batches=...))."
+            f"the workers met at different places: {places}. All ranks must come to the same ones: with different "
+            "numbers of batches per rank, validate and save at the end of an epoch (val_check_interval=1.0, "
+            "every_n_train_steps=None) and end with max_epochs instead of max_steps, or give every rank as many "
+            "batches (Trainer(limit_train_batches=...)); set trainer.should_stop on all ranks or none."
         )
 
     # --- questions --------------------------------------------------------------------------------------------------

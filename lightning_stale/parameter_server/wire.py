@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 4 * 2**20
-HEADER_BYTES = 2**20
+HEADER_BYTES = CHUNK_BYTES
 MAX_FRAME_BYTES = 2 * CHUNK_BYTES
 """The longest frame that a socket accepts; a peer that sends more is disconnected."""
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_stale.launchers import SummaryLauncher
 from lightning_stale.strategies import internals
-from lightning_stale.strategies.buffers import agree_on_buffers
+from lightning_stale.strategies.buffers import Versioned, agree_on_buffers, agree_on_changed
 from lightning_stale.strategies.checks import check_device, check_model, check_optimizers, check_trainer
 from lightning_stale.strategies.meeting import MeetingPoints
 from lightning_stale.strategies.twin import refuse_environment
@@ -69,6 +69,7 @@ class StaleStrategy(DDPStrategy):
             start_method=start_method,
         )
         self._undo_setup: list[Callable[[], None]] = []
+        self._untrained: list[Versioned] = []
 
     @abstractmethod
     def meet(self, place: str) -> None:
@@ -112,6 +113,10 @@ class StaleStrategy(DDPStrategy):
             check_optimizers(self.optimizers)
             self._add_meeting_points(trainer)
             self._undo_setup.append(internals.free_batches(trainer))
+            trained = {
+                id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]
+            }
+            self._untrained = [Versioned(p) for p in trainer.lightning_module.parameters() if id(p) not in trained]
 
     def configure_ddp(self) -> None:
         """Give all workers the same weights to start from, instead of wrapping the model."""
@@ -133,6 +138,7 @@ class StaleStrategy(DDPStrategy):
     def _agree_on_buffers(self) -> None:
         assert self.lightning_module is not None
         agree_on_buffers(self.lightning_module, self.world_size)
+        agree_on_changed(self._untrained, self.world_size)
 
     # --- collectives ------------------------------------------------------------------------------------------------
 

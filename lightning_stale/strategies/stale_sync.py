@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 import uuid
 from collections.abc import Callable, Mapping
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 from lightning.pytorch import Trainer
@@ -116,13 +117,16 @@ class StaleSyncStrategy(StaleStrategy):
         endpoint = self._share_endpoint()
         self._client = ParameterClient(endpoint, self.global_rank, self.transport, self._check_signals)
         self._guard(lambda: self._require_client().meet("the start of fit", "step 0", timeout_s=2 * CONNECT_TIMEOUT_S))
+        assert self.lightning_module is not None
         self._exchange = Exchange(
             self._client,
+            {id(parameter): name for name, parameter in self.lightning_module.named_parameters()},
             self.optimizers,
             self.root_device,
             self.precision_plugin,
-            self.paradigm.averages,
-            self._guard,
+            averages=self.paradigm.averages,
+            alone=self.world_size == 1,
+            guard=self._guard,
         )
         for optimizer in self.optimizers:
             optimizer.state.clear()  # it lives in the server now
@@ -133,23 +137,29 @@ class StaleSyncStrategy(StaleStrategy):
         if self._client is not None:
             self._client.start_computing()
 
+    def on_validation_end(self) -> None:
+        """Weights that a callback has swapped for validation, and back, are not a change."""
+        if self._exchange is not None:
+            self._exchange.remember()
+
     def on_train_end(self) -> None:
         """Take the optimizer state back, and let the server end."""
         super().on_train_end()
         client = self._require_client()
-        self._take_back_optimizers()
+        if self.is_global_zero:  # which saves
+            self._take_back_optimizers()
         self.summary()
         self._last_snapshot = client.snapshot()
         self._release_model()
         client.close(finished=True)
         self._client = None
         if self._server is not None:
-            self._server.stop(grace_s=30.0)
+            self._server.stop()  # once all workers have said goodbye
             self._server = None
 
     def teardown(self) -> None:
         """End what is left after a failure; the model keeps the weights it has."""
-        if self._exchange is not None:
+        if self._exchange is not None and self.is_global_zero:
             try:
                 self._take_back_optimizers()
             except (ServerLostError, RunFailedError, WireError):
@@ -174,6 +184,8 @@ class StaleSyncStrategy(StaleStrategy):
         if self._client is None:  # sanity validation, or after fit
             return
         client, step = self._client, self._require_trainer().global_step
+        if self._exchange is not None:
+            self._exchange.look_for_changes()
         self._guard(lambda: client.meet(place, f"step {step}"))
         if self._exchange is not None:
             self._exchange.spread()
@@ -226,9 +238,11 @@ class StaleSyncStrategy(StaleStrategy):
         return self.optimizer_state_of(index)
 
     def optimizer_state_of(self, index: int) -> dict[str, Any]:
-        """Return ``state_dict()`` of an optimizer: its state in the server, its param groups as they are here."""
-        state = self._require_client().optimizer_state(index)
-        return {**self.optimizers[index].state_dict(), "state": state}
+        """Return ``state_dict()`` of an optimizer: the server's, with the param groups as they are here."""
+        theirs, mine = self._require_client().optimizer_state(index), self.optimizers[index].state_dict()
+        kept = theirs.pop("param_groups")  # fewer, if one was added here, which is an error soon
+        groups = [{**group, **own} for group, own in zip_longest(mine.get("param_groups", []), kept, fillvalue={})]
+        return {**mine, **theirs, "param_groups": groups} if mine else mine
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Save an ordinary Lightning checkpoint, with the clocks in an entry of its own."""
@@ -266,7 +280,8 @@ class StaleSyncStrategy(StaleStrategy):
         parameters = unique_parameters(self.optimizers)
         layout = Layout.of(parameters)
         several_hosts = self.num_nodes > 1
-        assert self._server is not None
+        if self._server is None:  # the second training of one fit, as LearningRateFinder does it
+            self._server = ServerProcess()
         port = self._server.serve(
             parameters,
             self.optimizers,

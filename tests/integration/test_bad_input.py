@@ -91,7 +91,7 @@ REFUSED: dict[str, tuple[Callable[[], L.LightningModule], dict[str, Any], list[s
         {},
         ["extra is an EmbeddingBag(sparse=True)", "write EmbeddingBag(sparse=False)"],
     ),
-    "sparse gradient": (SparseGradients, {}, ["shape (4, 1) has a sparse gradient", "Embedding(sparse=False)"]),
+    "sparse gradient": (SparseGradients, {}, ["table has a sparse gradient", "Embedding(sparse=False)"]),
     "synchronized batch norm": (
         lambda: With(nn.SyncBatchNorm(2)),
         {},

@@ -231,7 +231,12 @@ def test_the_monitor_logs_the_last_ok(clock: SimpleNamespace, prog_bar: bool) ->
         "staleness/wait_share": 0.25,
         "staleness/samples_per_s": 16.0,
     }
-    assert options == {"on_step": True, "on_epoch": False, "prog_bar": prog_bar, "batch_size": 32}
+    assert options == {"on_step": True, "on_epoch": False, "prog_bar": prog_bar, "batch_size": 1}
+
+    module.calls.clear()
+    monitor.on_train_batch_end(trainer, module, None, object(), 2)  # type: ignore[arg-type]
+    ((values, _),) = module.calls
+    assert "staleness/samples_per_s" not in values, "the size of such a batch is not known"
 
 
 @pytest.mark.parametrize("print_summary", [True, False])

@@ -157,15 +157,17 @@ def test_other_optimizers_pass() -> None:
     assert check_optimizers([torch.optim.Adam(parameters()), torch.optim.Muon(parameters())]) is None
 
 
-def validating_trainer(counts: list[int], world_size: int, sanity: bool = False, mine: float | None = None) -> Any:
-    """A trainer of rank 0, the validation batches of whose ranks are ``counts``."""
-    asked: list[int] = []
+def validating_trainer(
+    counts: list[list[int]], world_size: int, sanity: bool = False, mine: float | None = None
+) -> Any:
+    """A trainer of rank 0; ``counts``: by rank and loader, the numbers of validation batches."""
+    asked: list[list[int]] = []
 
     def all_gather(count: torch.Tensor) -> torch.Tensor:
-        asked.append(int(count))
+        asked.append(count.tolist())
         return torch.tensor(counts)
 
-    batches = [counts[0] if mine is None else mine]
+    batches = counts[0] if mine is None else [mine]
     return SimpleNamespace(
         asked=asked,
         sanity_checking=sanity,
@@ -178,24 +180,29 @@ def validating_trainer(counts: list[int], world_size: int, sanity: bool = False,
 
 @pytest.mark.parametrize("sanity", [False, True])
 def test_uneven_validation_is_refused_with_the_numbers(sanity: bool) -> None:
-    fake = validating_trainer([5, 4, 5], 3, sanity)
+    fake = validating_trainer([[5], [4], [5]], 3, sanity)
     with pytest.raises(MisconfigurationException) as error:
         check_validation_batches(fake)
     assert "(rank 0: 5, rank 1: 4, rank 2: 5)" in str(error.value)
     assert "Trainer(limit_val_batches=4)" in str(error.value)
-    assert fake.asked == [5]
+    assert fake.asked == [[5]]
+
+
+def test_loaders_are_compared_one_by_one() -> None:
+    with pytest.raises(MisconfigurationException, match=r"\(rank 0: 2\+3, rank 1: 3\+2\)"):
+        check_validation_batches(validating_trainer([[2, 3], [3, 2]], 2))
 
 
 @pytest.mark.parametrize("sanity", [False, True])
 def test_even_validation_passes(sanity: bool) -> None:
-    fake = validating_trainer([5, 5], 2, sanity)
+    fake = validating_trainer([[5], [5]], 2, sanity)
     check_validation_batches(fake)
-    assert fake.asked == [5]
+    assert fake.asked == [[5]]
 
 
 @pytest.mark.parametrize(
     "fake",
-    [validating_trainer([5], 1), validating_trainer([5, 4], 2, mine=float("inf"))],
+    [validating_trainer([[5]], 1), validating_trainer([[5], [4]], 2, mine=float("inf"))],
     ids=["one worker", "no known length"],
 )
 def test_where_there_is_nothing_to_compare_nobody_is_asked(fake: Any) -> None:

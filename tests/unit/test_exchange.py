@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ class FakeClient:
         for weight, parameter in zip(self.weights, parameters, strict=True):
             weight.copy_(parameter.detach())
         self.pushes: list[dict[str, Any]] = []
+        self.shared = True
 
     def push(self, optimizer: int, places: list[int], used: list[bool], options: Any, clip: Any) -> None:
         gradients = [self.gradients[p].clone() if u else None for p, u in zip(places, used, strict=True)]
@@ -38,7 +40,11 @@ class Setup:
     """Two parameters, an optimizer over them, and their exchange."""
 
     def __init__(
-        self, *, averages: bool = False, make: Callable[..., list[torch.optim.Optimizer]] | None = None
+        self,
+        *,
+        averages: bool = False,
+        alone: bool = False,
+        make: Callable[..., list[torch.optim.Optimizer]] | None = None,
     ) -> None:
         self.parameters = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, 2))]
         self.optimizers = (make or (lambda p: [torch.optim.SGD(p, lr=0.5)]))(self.parameters)
@@ -47,11 +53,13 @@ class Setup:
         self.guarded = 0
         self.exchange = Exchange(
             self.client,  # type: ignore[arg-type]
+            {id(parameter): f"layer{i}.weight" for i, parameter in enumerate(self.parameters)},
             self.optimizers,
             torch.device("cpu"),
             self.precision,
-            averages,
-            self._guard,
+            averages=averages,
+            alone=alone,
+            guard=self._guard,
         )
 
     def _guard(self, call: Callable[[], Any]) -> Any:
@@ -160,7 +168,7 @@ def test_each_optimizer_pushes_its_own_parameters() -> None:
 def test_a_sparse_gradient_is_refused() -> None:
     setup = Setup()
     setup.parameters[1].grad = torch.ones(2, 2).to_sparse()
-    with pytest.raises(MisconfigurationException, match=r"shape \(2, 2\) has a sparse gradient") as error:
+    with pytest.raises(MisconfigurationException, match=r"layer1.weight has a sparse gradient") as error:
         setup.optimizers[0].step()
     assert "Embedding(sparse=False)" in str(error.value)
     assert setup.client.pushes == []
@@ -259,3 +267,50 @@ def test_release_gives_a_scheduled_step_back() -> None:
     assert vars(setup.optimizers[0])["step"] is not before[0]
     setup.exchange.release()
     assert vars(setup.optimizers[0])["step"] is before[0]
+
+
+def in_place(parameter: nn.Parameter) -> None:
+    with torch.no_grad():
+        parameter.mul_(3.0)
+
+
+def replaced(parameter: nn.Parameter) -> None:
+    parameter.data = 3.0 * parameter.data
+
+
+@pytest.mark.parametrize("change", [in_place, replaced])
+def test_what_the_only_worker_does_to_its_weights_counts(change: Callable[[nn.Parameter], None]) -> None:
+    setup = Setup(alone=True)
+    change(setup.parameters[0])
+    setup.parameters[0].sum().backward()
+    setup.optimizers[0].step()
+    assert torch.equal(setup.client.weights[0], torch.full((3,), 3.0))
+    setup.client.weights[0].fill_(7.0)  # the server takes its step
+    setup.exchange.spread()
+    assert torch.equal(setup.parameters[0], torch.full((3,), 7.0))
+
+
+@pytest.mark.parametrize("change", [in_place, replaced])
+def test_one_of_several_workers_is_told_once_that_its_change_is_lost(change: Callable[[nn.Parameter], None]) -> None:
+    setup = Setup()
+    change(setup.parameters[1])
+    setup.parameters[0].sum().backward()
+    with pytest.warns(UserWarning, match=r"layer1\.weight was changed outside of the optimizer"):
+        setup.optimizers[0].step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        change(setup.parameters[1])
+        setup.optimizers[0].step()
+    setup.client.weights[1].fill_(7.0)
+    setup.exchange.spread()
+    assert torch.equal(setup.parameters[1], torch.full((2, 2), 7.0)), "a pull must reach the model all the same"
+
+
+def test_weights_that_are_swapped_and_remembered_are_no_change() -> None:
+    setup = Setup()
+    in_place(setup.parameters[0])
+    setup.exchange.remember()
+    setup.parameters[0].sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        setup.optimizers[0].step()

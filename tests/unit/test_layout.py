@@ -129,3 +129,9 @@ def test_messages_make_the_same_layout(given_tensors: list[Tensor]) -> None:
     assert Layout.from_message(message) == layout
     assert Layout.from_message(json.loads(json.dumps(message))) == layout  # as it travels, see Endpoint
     assert Layout.from_message(msgpack.unpackb(msgpack.packb(message))) == layout
+
+
+def test_saving_one_tensor_does_not_save_the_buffer() -> None:
+    layout = Layout.of([torch.zeros(3), torch.zeros(100_000)])
+    small, _ = layout.views(torch.zeros(layout.nbytes, dtype=torch.uint8))
+    assert small.untyped_storage().nbytes() == 12

@@ -488,7 +488,7 @@ def test_optimizer_state() -> None:
     harness.start()
     harness.push(0, 2.0)
     harness.take(0)
-    state = harness.ask(0, "optimizer_state", optimizer=0)
+    state = harness.ask(0, "optimizer_state", optimizer=0)["state"]
     torch.testing.assert_close([state[i]["momentum_buffer"] for i in (0, 1)], filled(2.0))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -244,10 +245,31 @@ def test_places_follow_the_param_groups() -> None:
 
 def test_optimizer_state_is_that_of_the_state_dict() -> None:
     store, plain = make_store((MAKERS["adam"], [0, 1, 2])), Plain(MAKERS["adam"])
-    assert store.optimizer_state(0) == {}
+    assert store.optimizer_state(0) == {"state": {}, "param_groups": [{}]}
     store.apply(push_of(store, 1))
     plain.step(gradients(1))
-    torch.testing.assert_close(store.optimizer_state(0), plain.optimizer.state_dict()["state"], rtol=0.0, atol=0.0)
+    state = store.optimizer_state(0)["state"]
+    torch.testing.assert_close(state, plain.optimizer.state_dict()["state"], rtol=0.0, atol=0.0)
+
+
+class Counting(torch.optim.SGD):
+    """Keeps a count of its own in its param groups, as Prodigy, D-Adaptation and some LAMBs do."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["k"] = group.get("k", 0) + 1
+        return super().step(closure)
+
+
+def test_what_a_step_keeps_in_its_param_groups_is_the_servers() -> None:
+    store = make_store((lambda p: Counting(p, lr=0.5), [0, 1, 2]))
+    worker = Counting([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    for lr in (0.5, 0.25, 0.125):
+        worker.param_groups[0]["lr"] = lr
+        store.apply(replace(push_of(store, 1), options=[{**read_options(worker)[0], "k": 0}]))
+        assert store.optimizers[0].param_groups[0]["lr"] == lr
+    assert store.optimizers[0].param_groups[0]["k"] == 3
+    assert store.optimizer_state(0)["param_groups"] == [{"k": 3}]
 
 
 def test_a_parameter_that_cannot_learn_is_kept() -> None:
