@@ -5,7 +5,6 @@ from __future__ import annotations
 import traceback
 import uuid
 from collections.abc import Callable, Mapping
-from itertools import zip_longest
 from typing import Any, TypeVar
 
 from lightning.pytorch import Trainer
@@ -240,8 +239,9 @@ class StaleSyncStrategy(StaleStrategy):
     def optimizer_state_of(self, index: int) -> dict[str, Any]:
         """Return ``state_dict()`` of an optimizer: the server's, with the param groups as they are here."""
         theirs, mine = self._require_client().optimizer_state(index), self.optimizers[index].state_dict()
-        kept = theirs.pop("param_groups")  # fewer, if one was added here, which is an error soon
-        groups = [{**group, **own} for group, own in zip_longest(mine.get("param_groups", []), kept, fillvalue={})]
+        groups: list[dict[str, Any]] = [dict(group) for group in mine.get("param_groups", [])]
+        for group, kept in zip(groups, theirs.pop("param_groups"), strict=False):  # a group added here is an error soon
+            group.update(kept)
         return {**mine, **theirs, "param_groups": groups} if mine else mine
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
