@@ -12,6 +12,7 @@ Example::
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from lightning_stale.paradigms import ASP, BSP, DSSP, SSP
 
@@ -24,5 +25,15 @@ if "lightning_stale_server" not in sys._xoptions:  # the server process needs to
 
     register_strategies()
     refuse_twin()
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Import the rest after all: the module that defines the user's optimizer may ask for it."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from lightning_stale import callbacks, strategies
+
+        return getattr(strategies if hasattr(strategies, name) else callbacks, name)
+
 
 __all__ = ["ASP", "BSP", "DSSP", "SSP", "DSPStrategy", "StaleSyncStrategy", "StalenessMonitor", "StragglerInjection"]

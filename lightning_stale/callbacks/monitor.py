@@ -22,8 +22,9 @@ class StalenessMonitor(Callback):
 
     - ``staleness/lead``: clocks ahead of the slowest worker, at the last OK;
     - ``staleness/gradient``: updates between the last pull and the push;
-    - ``staleness/wait_share``: part of the time since the last report that was spent waiting, 0..1;
-    - ``staleness/samples_per_s``: samples per second of this worker.
+    - ``staleness/wait_share``: part of the time of the last step that was spent waiting, 0..1;
+    - ``staleness/samples_per_s``: samples per second of this worker, loading not counted; where Lightning can tell the
+      size of a batch.
 
     Args:
         prog_bar: show them in the progress bar too.
@@ -63,14 +64,16 @@ class StalenessMonitor(Callback):
         if release is None:
             return
         step_s = time.perf_counter() - self._started
-        samples = extract_batch_size(batch)
         values = {
             "staleness/lead": float(release.lead),
             "staleness/gradient": float(release.staleness),
             "staleness/wait_share": release.wait_s / max(release.wait_s + release.compute_s, 1e-9),
-            "staleness/samples_per_s": samples / max(step_s, 1e-9),
         }
-        pl_module.log_dict(values, on_step=True, on_epoch=False, prog_bar=self.prog_bar, batch_size=samples)
+        try:
+            values["staleness/samples_per_s"] = extract_batch_size(batch) / max(step_s, 1e-9)
+        except MisconfigurationException:  # Lightning cannot tell how large such a batch is
+            pass
+        pl_module.log_dict(values, on_step=True, on_epoch=False, prog_bar=self.prog_bar, batch_size=1)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table."""

@@ -6,10 +6,14 @@ then stays open as a lifeline: when it closes, rank 0 is gone. Standard output c
 
 from __future__ import annotations
 
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: rank 0 decides when this ends
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
 import logging
 import os
 import pickle
-import signal
 import sys
 
 import torch
@@ -24,8 +28,6 @@ from lightning_stale.parameter_server.store import ParameterStore
 
 def main() -> None:
     """Read the job, serve, and end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: rank 0 decides when this ends
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     answer = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what the user's optimizer prints is no answer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from lightning_stale.parameter_server.socket import KeyPair, WorkerSocket
 
 Transport = Literal["auto", "shm", "tcp"]
 CONNECT_TIMEOUT_S = 60.0
+_ABORT_TIMEOUT_S = 5.0
 _POLL_MS = 200
 
 
@@ -158,20 +160,26 @@ class ParameterClient:
         self.start_computing()
         return self.last_release
 
-    def meet(self, place: str, detail: str) -> bool:
-        """Wait until all workers are at ``place``, and pull; return whether the weights have changed.
+    def meet(self, place: str, detail: str, pull: bool = True, timeout_s: float = math.inf) -> None:
+        """Wait until all workers are at ``place``.
+
+        Args:
+            place: a name that is the same on all workers.
+            detail: what the error says besides if the names differ.
+            pull: whether to pull the weights then; without it, the worker is taken to be amid a step.
+            timeout_s: how long to wait.
 
         Raises:
             RunFailedError: if the run has failed elsewhere, or the workers are at different places.
-            ServerLostError: if the server has ended.
+            ServerLostError: if the server has ended, or ``timeout_s`` is over.
         """
         self._stop_computing()
         started = time.monotonic()
-        before = self._version
-        self._send("sync", place=place, detail=detail, **self._take_times())
-        self._receive_weights("synced")
+        self._send("sync", place=place, detail=detail, pull=pull, **self._take_times())
+        self._receive_weights("synced", deadline=started + timeout_s)
         self._wait_s += time.monotonic() - started
-        return self._version != before
+        if not pull:
+            self.start_computing()
 
     def pull(self) -> None:
         """Pull the weights of now, without waiting for anybody (also when the run has failed)."""
@@ -180,10 +188,10 @@ class ParameterClient:
 
     # --- questions --------------------------------------------------------------------------------------------------
 
-    def optimizer_state(self, optimizer: int) -> dict[int, Any]:
-        """Return ``state_dict()["state"]`` of the server's optimizer."""
-        state: dict[int, Any] = self._ask("optimizer_state", optimizer=optimizer)
-        return state
+    def optimizer_state(self, optimizer: int) -> dict[str, Any]:
+        """Return the ``state_dict()`` of the server's optimizer; of its param groups, what ``step`` keeps there."""
+        state_dict: dict[str, Any] = self._ask("optimizer_state", optimizer=optimizer)
+        return state_dict
 
     def snapshot(self) -> dict[str, Any]:
         """Return what a checkpoint holds of the server beside weights and optimizers: clocks and counts."""
@@ -197,13 +205,26 @@ class ParameterClient:
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
-    def abort(self, kind: str, text: str) -> None:
-        """Tell the server, and through it every worker, that this one fails."""
-        self._send("abort", kind=kind, text=text[-wire.HEADER_BYTES // 2 :])
+    def abort(self, kind: str, text: str) -> RunFailedError | None:
+        """Tell the server, and through it every worker, that this one fails; return what had failed before.
+
+        Where several fail, the others' errors are mostly about the first (a broken connection, say).
+        """
+        text = text.encode(errors="replace")[-wire.HEADER_BYTES // 2 :].decode(errors="replace")
+        self._send("abort", kind=kind, text=text)
+        try:  # an interrupted call may have left replies that nobody has read
+            message = self._receive("aborted", time.monotonic() + _ABORT_TIMEOUT_S, failed_too=True, skip=True)
+        except (ServerLostError, RunFailedError):
+            return self.failure
+        self.failure = self.failure or RunFailedError(kind, text)
+        return RunFailedError("error", message["cause"]) if message["cause"] else None
 
     def close(self, finished: bool) -> None:
-        """End the connection; ``finished``: with a goodbye, without which the server takes this worker for lost."""
-        if finished:
+        """End the connection, with a goodbye if this worker has finished or the run has failed.
+
+        Without one, the server takes the worker for lost.
+        """
+        if finished or self.failure is not None:
             self._send("bye")
         self._socket.close()
 
@@ -235,8 +256,8 @@ class ParameterClient:
     def _send(self, kind: str, /, **fields: Any) -> None:
         self._socket.dealer.send(wire.encode_message(kind, **fields))
 
-    def _receive_weights(self, kind: str, failed_too: bool = False) -> dict[str, Any]:
-        message = self._receive(kind, failed_too=failed_too)
+    def _receive_weights(self, kind: str, deadline: float | None = None, failed_too: bool = False) -> dict[str, Any]:
+        message = self._receive(kind, deadline, failed_too)
         self._receive_chunks(message["nbytes"], self._weights)
         self._version = message["version"]
         return message
@@ -249,9 +270,22 @@ class ParameterClient:
         return wire.decode_object(packed.numpy().tobytes())
 
     def _receive(
-        self, kind: str, data: Tensor | None = None, deadline: float | None = None, failed_too: bool = False
+        self,
+        kind: str,
+        deadline: float | None = None,
+        failed_too: bool = False,
+        data: Tensor | None = None,
+        skip: bool = False,
     ) -> dict[str, Any]:
-        """Return the next message of ``kind``; with ``data``, the bytes behind it are written there."""
+        """Return the next message of ``kind``.
+
+        Args:
+            kind: what must come next.
+            deadline: until when.
+            failed_too: wait for it also when the run has failed: the server answers nevertheless.
+            data: where the bytes behind it are written.
+            skip: pass over messages of other kinds.
+        """
         while True:
             try:
                 ready = self._socket.wait(_POLL_MS)
@@ -262,11 +296,13 @@ class ParameterClient:
                     "resume from the last checkpoint with trainer.fit(ckpt_path=...)."
                 ) from None
             if not ready:
-                self._check()
+                if not failed_too:
+                    self._check()
                 if deadline is not None and time.monotonic() > deadline:
                     raise ServerLostError(
-                        f"rank {self.rank} cannot reach the parameter server at {self._endpoint.address}: is the port "
-                        "open between the hosts, and MASTER_ADDR the address of rank 0's host?"
+                        f"rank {self.rank} has waited in vain for the parameter server at {self._endpoint.address}, or "
+                        "for other workers to reach it: is the port open between the hosts, and MASTER_ADDR the "
+                        "address of rank 0's host?"
                     )
                 continue
             frames = self._socket.dealer.recv_multipart(copy=False)
@@ -281,12 +317,12 @@ class ParameterClient:
                     data.numpy()[start : start + len(frames[1].buffer)] = memoryview(frames[1].buffer)
                     message["nbytes"] = len(frames[1].buffer)
                 return message
-            else:
+            elif not skip:
                 raise wire.WireError(f"expected {kind!r} from the parameter server, got {message['type']!r}")
 
     def _receive_chunks(self, nbytes: int, into: Tensor) -> None:
         while nbytes > 0:
-            nbytes -= self._receive("chunk", data=into, failed_too=True)["nbytes"]
+            nbytes -= self._receive("chunk", failed_too=True, data=into)["nbytes"]
 
     # --- times ------------------------------------------------------------------------------------------------------
 

@@ -23,8 +23,15 @@ class Slot:
     stride: tuple[int, ...]
 
     def view(self, buffer: Tensor) -> Tensor:
-        """Return the tensor of this slot over ``buffer`` (one-dimensional, ``torch.uint8``), without a copy."""
-        flat = buffer[self.offset : self.offset + self.nbytes].view(getattr(torch, self.dtype))
+        """Return the tensor of this slot over ``buffer`` (one-dimensional, ``torch.uint8``), without a copy.
+
+        Its storage ends with it, so that saving it does not save the whole buffer.
+        """
+        dtype = getattr(torch, self.dtype)
+        if self.nbytes == 0:
+            return torch.empty(self.shape, dtype=dtype)
+        memory = memoryview(buffer.numpy())  # type: ignore[arg-type]
+        flat = torch.frombuffer(memory, dtype=dtype, offset=self.offset, count=self.nbytes // dtype.itemsize)
         return flat.as_strided(self.shape, self.stride)
 
 

@@ -60,11 +60,11 @@ def choose_folder(nbytes: int, folders: Sequence[str] | None = None) -> tuple[st
             if folder == candidates[0]:
                 return folder, None
             return folder, (
-                f"{candidates[0]} has {_mib(free[candidates[0]])} free, and the workers of this host need "
-                f"{_mib(nbytes)} of shared memory: {folder} is used instead, which may be slower. Give {candidates[0]} "
+                f"{_room(candidates[0], free[candidates[0]])}, and the workers of this host need {_mib(nbytes)} of "
+                f"shared memory: {folder} is used instead, which may be slower. Give {candidates[0]} "
                 "more room, e.g. `docker run --shm-size=16g` or `mount -o remount,size=16g /dev/shm`."
             )
-    rooms = ", ".join(f"{folder} has {_mib(room)}" for folder, room in free.items())
+    rooms = ", ".join(_room(folder, room) for folder, room in free.items())
     raise SharedMemoryError(
         f"the workers of this host need {_mib(nbytes)} of shared memory, and {rooms}. Make room in one of them, or "
         "write StaleSyncStrategy(transport='tcp')."
@@ -77,12 +77,15 @@ def create_segment(nbytes: int, folder: str) -> Segment:
     The file is unlinked before this returns, so that no way of dying leaves it behind; other processes reach it through
     this one's entry in ``/proc``, and know by the token in its first bytes that it is the right one.
     """
-    descriptor, path = tempfile.mkstemp(prefix="lightning-stale-", dir=folder)
-    os.unlink(path)
     try:
-        os.posix_fallocate(descriptor, 0, _TOKEN_BYTES + nbytes)  # full now, not by a SIGBUS later
+        descriptor, path = tempfile.mkstemp(prefix="lightning-stale-", dir=folder)
+        os.unlink(path)
+        try:
+            os.posix_fallocate(descriptor, 0, _TOKEN_BYTES + nbytes)  # full now, not by a SIGBUS later
+        except OSError:
+            os.close(descriptor)
+            raise
     except OSError as error:
-        os.close(descriptor)
         raise SharedMemoryError(f"cannot take {_mib(nbytes)} of shared memory in {folder}: {error}") from error
     data = _map(descriptor, _TOKEN_BYTES + nbytes)
     token = secrets.token_bytes(_TOKEN_BYTES)
@@ -117,12 +120,15 @@ def _map(descriptor: int, nbytes: int) -> Tensor:
 
 
 def _free_bytes(folder: str) -> int:
-    try:
-        status = os.statvfs(folder)
-    except OSError:
+    if not os.access(folder, os.W_OK):
         return -1
+    status = os.statvfs(folder)
     return status.f_bavail * status.f_frsize
 
 
+def _room(folder: str, free: int) -> str:
+    return f"{folder} cannot be used" if free < 0 else f"{folder} has {_mib(free)} free"
+
+
 def _mib(nbytes: int) -> str:
-    return "no such folder" if nbytes < 0 else f"{nbytes / 2**20:,.0f} MiB"
+    return f"{nbytes / 2**20:,.0f} MiB"

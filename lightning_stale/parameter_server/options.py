@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import numbers
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -19,11 +20,21 @@ def read_options(optimizer: Optimizer) -> Options:
     ]
 
 
-def write_options(optimizer: Optimizer, options: Sequence[Mapping[str, Any]]) -> None:
-    """Set the values that :func:`read_options` took from a worker's optimizer on the server's."""
-    for group, values in zip(optimizer.param_groups, options, strict=True):
+def write_options(
+    optimizer: Optimizer, options: Sequence[Mapping[str, Any]], keep: Collection[tuple[int, str]] = ()
+) -> None:
+    """Set the values that :func:`read_options` took from a worker's optimizer on the server's.
+
+    Args:
+        optimizer: the server's.
+        options: the values, per param group.
+        keep: (group, name) of those that the server's optimizer keeps itself.
+    """
+    for index, (group, values) in enumerate(zip(optimizer.param_groups, options, strict=True)):
         for name, value in values.items():
             held = group.get(name)
+            if (index, name) in keep:
+                continue
             if isinstance(held, Tensor):
                 held.fill_(value)
             elif name in ("capturable", "fused", "foreach"):  # how to compute, not what: the server's own choice
@@ -32,12 +43,22 @@ def write_options(optimizer: Optimizer, options: Sequence[Mapping[str, Any]]) ->
                 group[name] = tuple(value) if isinstance(held, tuple) else value
 
 
+def changed_options(before: Options, after: Options) -> set[tuple[int, str]]:
+    """Return (group, name) of the values that are in ``after`` and differ from ``before``."""
+    return {
+        (index, name)
+        for index, (old, new) in enumerate(zip(before, after, strict=True))
+        for name, value in new.items()
+        if name not in old or old[name] != value
+    }
+
+
 def _is_plain(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.numel() == 1
     if isinstance(value, (tuple, list)):
         return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, (bool, int, float, str))
+    return value is None or isinstance(value, (str, numbers.Real))  # NumPy's numbers are Real too
 
 
 def _plain(value: Any) -> Any:
@@ -45,4 +66,6 @@ def _plain(value: Any) -> Any:
         return value.item()
     if isinstance(value, (tuple, list)):
         return [_plain(item) for item in value]
-    return value
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)

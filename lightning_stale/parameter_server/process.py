@@ -118,8 +118,8 @@ class ServerProcess:
         """The process id."""
         return self._process.pid
 
-    def stop(self, grace_s: float) -> None:
-        """End the server: give it ``grace_s`` to end by itself (all workers have said goodbye), then make it."""
+    def stop(self, grace_s: float | None = None) -> None:
+        """End the server: give it ``grace_s`` to end by itself, as it does when no worker is left, then make it."""
         if self._serving:
             self._wait(grace_s)
         self._close(self._process.stdin)  # the lifeline
@@ -128,7 +128,7 @@ class ServerProcess:
             self._process.wait()
         self._close(self._process.stdout)
 
-    def _wait(self, timeout_s: float) -> bool:
+    def _wait(self, timeout_s: float | None) -> bool:
         try:
             self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:

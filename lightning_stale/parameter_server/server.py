@@ -37,6 +37,7 @@ class _Worker:
     message: dict[str, Any] | None = None  # the push whose chunks are on their way
     missing: int = 0  # bytes of it
     place: tuple[str, str] | None = None  # the meeting point at which it waits
+    pulls: bool = True  # when all have met there
     staleness: int = 0  # of its last push
     finished: bool = False
 
@@ -155,14 +156,15 @@ class ParameterServer:
             self._fail("error", f"the parameter server failed:\n{traceback.format_exc()}")
 
     def _send(self, worker: _Worker, kind: str, payload: Tensor | None = None, **fields: Any) -> None:
-        frames = [wire.encode_message(kind, nbytes=0 if payload is None else payload.numel(), **fields)]
+        self._send_to(worker, wire.encode_message(kind, nbytes=0 if payload is None else payload.numel(), **fields))
+        if payload is not None:
+            data = memoryview(payload.numpy())  # type: ignore[arg-type]
+            for start, end in wire.chunks(0, len(data)):
+                self._send_to(worker, wire.encode_message("chunk", offset=start), data[start:end])
+
+    def _send_to(self, worker: _Worker, *frames: bytes | memoryview) -> None:
         try:
             self._socket.router.send_multipart([worker.identity, *frames])
-            if payload is not None:
-                data = memoryview(payload.numpy())  # type: ignore[arg-type]
-                for start, end in wire.chunks(0, len(data)):
-                    chunk = wire.encode_message("chunk", offset=start)
-                    self._socket.router.send_multipart([worker.identity, chunk, data[start:end]])
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:  # gone: the monitor says so too, and there it is handled
                 raise
@@ -171,22 +173,26 @@ class ParameterServer:
         if message["type"] != "hello" or not 0 <= message["rank"] < self._world_size:
             raise wire.WireError(f"a {message['type']!r} message from a connection that has not said who it is")
         rank, nbytes = message["rank"], self._layout.nbytes
+        self._note_connections()  # a stranger's may have had the same descriptor before
         if rank in self._workers:
             raise wire.WireError(f"a second connection for rank {rank}")
+        gradients = torch.zeros(nbytes, dtype=torch.uint8)
+        worker = _Worker(rank, identity, connection, message["pid"], gradients, None, self._layout.views(gradients))
+        self._workers[rank] = self._by_identity[identity] = worker  # so that it hears of what fails below
+        if self._failure is not None:
+            self._send_failure(worker)
+            return
         path, token = "", b""
         if message["shared"]:
             segment = memory.create_segment(2 * nbytes, self._folder)
             path, token = segment.path, segment.token
-            gradients, weights = segment.data[:nbytes], segment.data[nbytes:]
-        else:
-            gradients, weights = torch.zeros(nbytes, dtype=torch.uint8), None
-        worker = _Worker(rank, identity, connection, message["pid"], gradients, weights, self._layout.views(gradients))
-        self._workers[rank] = self._by_identity[identity] = worker
+            worker.gradients, worker.weights = segment.data[:nbytes], segment.data[nbytes:]
+            worker.gradient_views = self._layout.views(worker.gradients)
+            if self._world_size == 1:  # one set of weights for both: what the worker does to them itself counts
+                self._store.move_to(worker.weights, self._layout)
         self._socket.router.send_multipart(
             [identity, wire.encode_message("welcome", path=path, token=token, nbytes=2 * nbytes)]
         )
-        if self._failure is not None:
-            self._send_failure(worker)
 
     def _on_unshare(self, worker: _Worker, message: dict[str, Any]) -> None:
         worker.gradients, worker.weights = torch.zeros(self._layout.nbytes, dtype=torch.uint8), None
@@ -199,6 +205,8 @@ class ParameterServer:
             raise wire.WireError(f"a push for optimizer {message['optimizer']}")
         if len(message["used"]) != len(self._store.places(message["optimizer"])):
             raise wire.WireError(f"a push for {len(message['used'])} parameters")
+        if worker.message is not None or not 0 <= message["nbytes"] <= self._layout.nbytes:
+            raise wire.WireError(f"a push of {message['nbytes']} bytes, with {worker.missing} of the last one missing")
         worker.message, worker.missing = message, message["nbytes"]
         if worker.missing == 0:
             self._take_push(worker)
@@ -236,7 +244,7 @@ class ParameterServer:
         self._release(self._paradigm.push(worker.rank, self._now()))
 
     def _release(self, ranks: list[int]) -> None:
-        if self._round and (ranks or not self._paradigm.clocks):
+        if self._round and ranks:
             self._store.apply_mean([self._round[rank] for rank in sorted(self._round)])
             self._round.clear()
         for rank in ranks:
@@ -253,7 +261,7 @@ class ParameterServer:
         if worker.weights is None:
             self._send(worker, kind, self._store.weights if stale else None, version=worker.pulled, **fields)
         else:
-            if stale:
+            if stale and worker.weights is not self._store.weights:
                 worker.weights.copy_(self._store.weights)
             self._send(worker, kind, version=worker.pulled, **fields)
 
@@ -266,15 +274,19 @@ class ParameterServer:
         self._statistics[worker.rank].note_times(message["wait_s"], message["compute_s"])
         if worker.rank in self._paradigm.clocks:  # it pushes no more until all have met: nobody waits for it
             self._release(self._paradigm.leave(worker.rank, self._now()))
-        worker.place = (message["place"], message["detail"])
+        worker.place, worker.pulls = (message["place"], message["detail"]), message["pull"]
         if len(self._workers) < self._world_size or any(other.place is None for other in self._workers.values()):
             return
         if len({other.place[0] for other in self._workers.values() if other.place}) > 1:
             self._fail("error", self._describe_places())
             return
         for rank in sorted(self._workers):
-            self._workers[rank].place = None
-            self._give_weights(self._workers[rank], "synced")
+            other = self._workers[rank]
+            other.place = None
+            if other.pulls:
+                self._give_weights(other, "synced")
+            else:
+                self._send(other, "synced", version=other.pulled)
             self._paradigm.join(rank, self._now())
 
     def _describe_places(self) -> str:
@@ -284,9 +296,10 @@ class ParameterServer:
             if worker.place
         )
         return (
-            f"the workers met at different places: {places}. Validation and checkpoints within an epoch need the same "
-            "number of batches on every rank: validate and save at the end of an epoch (val_check_interval=1.0, "
-            "every_n_train_steps=None), or give every rank as many batches (Trainer(limit_train_batches=...))."
+            f"the workers met at different places: {places}. All ranks must come to the same ones: with different "
+            "numbers of batches per rank, validate and save at the end of an epoch (val_check_interval=1.0, "
+            "every_n_train_steps=None) and end with max_epochs instead of max_steps, or give every rank as many "
+            "batches (Trainer(limit_train_batches=...)); set trainer.should_stop on all ranks or none."
         )
 
     # --- questions --------------------------------------------------------------------------------------------------
@@ -331,13 +344,15 @@ class ParameterServer:
         worker.finished = True
 
     def _on_abort(self, worker: _Worker, message: dict[str, Any]) -> None:
-        worker.finished = True  # it is on its way out, and knows why
+        self._note_connections(aborting=worker)  # who was killed comes before those that fail because of it
+        cause = "" if self._failure is None else self._failure["text"]
         self._fail(message["kind"], f"rank {worker.rank} {message['text']}")
+        self._send_to(worker, wire.encode_message("aborted", cause=cause))
 
     def _done(self) -> bool:
         return len(self._workers) == self._world_size and all(worker.finished for worker in self._workers.values())
 
-    def _note_connections(self) -> None:
+    def _note_connections(self, aborting: _Worker | None = None) -> None:
         closed, refused = self._socket.closed_connections()
         self._drain()  # what a worker sent before its connection ended, e.g. its goodbye
         of_workers = {worker.connection: worker for worker in self._workers.values()}
@@ -347,7 +362,9 @@ class ParameterServer:
                 refused = True
             elif not worker.finished:
                 worker.finished = True
-                self._fail("error", f"rank {worker.rank} (process {worker.pid}) is gone: it was killed or has crashed")
+                if worker is not aborting:  # which says itself why
+                    text = f"rank {worker.rank} (process {worker.pid}) is gone: it was killed or has crashed"
+                    self._fail("error", text)
         if refused:
             self._log_stranger("a connection that is not a worker's was closed")
 
@@ -360,11 +377,7 @@ class ParameterServer:
 
     def _send_failure(self, worker: _Worker) -> None:
         assert self._failure is not None
-        try:
-            self._socket.router.send_multipart([worker.identity, wire.encode_message("failed", **self._failure)])
-        except zmq.ZMQError as error:
-            if error.errno != zmq.EHOSTUNREACH:
-                raise
+        self._send_to(worker, wire.encode_message("failed", **self._failure))
 
     def _log_stranger(self, what: str) -> None:
         if not self._stranger_logged:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_stale.parameter_server.layout import Layout
-from lightning_stale.parameter_server.options import Options, write_options
+from lightning_stale.parameter_server.options import Options, changed_options, read_options, write_options
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class ParameterStore:
         self._parameters = [torch.nn.Parameter(view, requires_grad=_may_learn(view)) for view in layout.views(weights)]
         self.optimizers: list[Optimizer] = []
         self._places: list[list[int]] = []
+        self._own_options: list[set[tuple[int, str]]] = []  # what `step` itself keeps in its param groups
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -54,6 +55,7 @@ class ParameterStore:
         place = {id(parameter): i for i, parameter in enumerate(self._parameters)}
         self.optimizers = list(optimizers)
         self._places = [parameter_places(optimizer, place) for optimizer in optimizers]
+        self._own_options = [set() for _ in optimizers]
 
     def places(self, optimizer: int) -> list[int]:
         """Return which slots belong to ``optimizer``, in the order of its param groups."""
@@ -71,8 +73,8 @@ class ParameterStore:
 
     @torch.no_grad()
     def _step(self, first: Push, pushes: Sequence[Push]) -> None:
-        optimizer = self.optimizers[first.optimizer]
-        write_options(optimizer, first.options)
+        optimizer, own = self.optimizers[first.optimizer], self._own_options[first.optimizer]
+        write_options(optimizer, first.options, keep=own)
         touched = []
         for position, place in enumerate(self._places[first.optimizer]):
             given = [push.gradients[place] for push in pushes if push.used[position]]
@@ -82,15 +84,28 @@ class ParameterStore:
                 touched.append(self._parameters[place])
         if first.clip is not None:
             _clip(touched, *first.clip)
+        before = read_options(optimizer)
         optimizer.step()
+        own |= changed_options(before, read_options(optimizer))
         for parameter in touched:
             parameter.grad = None
         self.version += 1
 
     def optimizer_state(self, index: int) -> dict[str, Any]:
-        """Return ``state_dict()["state"]`` of an optimizer."""
-        state: dict[str, Any] = self.optimizers[index].state_dict().get("state", {})  # Lightning's mock has none
-        return state
+        """Return the ``state_dict()`` of an optimizer, with those values of its param groups that ``step`` keeps."""
+        state_dict = dict(self.optimizers[index].state_dict())
+        groups = state_dict.pop("param_groups", [])  # Lightning's mock optimizer has none
+        own: list[dict[str, Any]] = [{} for _ in groups]
+        for group, name in self._own_options[index]:
+            own[group][name] = groups[group][name]
+        return {"state": {}, **state_dict, "param_groups": own}
+
+    def move_to(self, weights: Tensor, layout: Layout) -> None:
+        """Keep the weights in the buffer ``weights`` from now on."""
+        weights.copy_(self.weights)
+        self.weights = weights
+        for parameter, view in zip(self._parameters, layout.views(weights), strict=True):
+            parameter.data = view
 
 
 def parameter_places(optimizer: Optimizer, place: dict[int, int]) -> list[int]:

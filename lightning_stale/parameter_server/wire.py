@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 4 * 2**20
-HEADER_BYTES = 2**20
+HEADER_BYTES = CHUNK_BYTES
 MAX_FRAME_BYTES = 2 * CHUNK_BYTES
 """The longest frame that a socket accepts; a peer that sends more is disconnected."""
 
@@ -35,7 +35,7 @@ SCHEMA: dict[str, dict[str, type | tuple[type, ...]]] = {
         "compute_s": float,
     },
     "chunk": {"offset": int},
-    "sync": {"place": str, "detail": str, "wait_s": float, "compute_s": float},
+    "sync": {"place": str, "detail": str, "pull": bool, "wait_s": float, "compute_s": float},
     "pull": {},
     "optimizer_state": {"optimizer": int},
     "snapshot": {},
@@ -48,6 +48,7 @@ SCHEMA: dict[str, dict[str, type | tuple[type, ...]]] = {
     "synced": {"version": int, "nbytes": int},
     "reply": {"nbytes": int},
     "failed": {"kind": str, "text": str},
+    "aborted": {"cause": str},  # the failure that came before, if any
 }
 
 
@@ -100,7 +101,12 @@ def encode_object(value: Any) -> bytes:
     Raises:
         WireError: for anything else, with its type.
     """
-    packed: bytes = msgpack.packb(value, default=_pack_extension, strict_types=True, use_bin_type=True)
+    try:
+        packed: bytes = msgpack.packb(value, default=_pack_extension, strict_types=True, use_bin_type=True)
+    except WireError:
+        raise
+    except ValueError as error:
+        raise WireError(f"too large to travel, at most 4 GiB for a tensor: {error}") from error
     return packed
 
 

@@ -6,7 +6,7 @@ import atexit
 from abc import abstractmethod
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch.distributed
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
@@ -20,11 +20,12 @@ from torch import Tensor
 
 from lightning_stale.launchers import SummaryLauncher
 from lightning_stale.strategies import internals
-from lightning_stale.strategies.buffers import agree_on_buffers
+from lightning_stale.strategies.buffers import Versioned, agree_on_buffers, agree_on_changed
 from lightning_stale.strategies.checks import check_device, check_model, check_optimizers, check_trainer
 from lightning_stale.strategies.meeting import MeetingPoints
 from lightning_stale.strategies.twin import refuse_environment
 
+_T = TypeVar("_T")
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 _PER_BATCH_HOOKS = {"training_step", "on_train_batch_start", "on_train_batch_end", "on_before_optimizer_step"}
 
@@ -68,6 +69,7 @@ class StaleStrategy(DDPStrategy):
             start_method=start_method,
         )
         self._undo_setup: list[Callable[[], None]] = []
+        self._untrained: list[Versioned] = []
 
     @abstractmethod
     def meet(self, place: str) -> None:
@@ -111,6 +113,10 @@ class StaleStrategy(DDPStrategy):
             check_optimizers(self.optimizers)
             self._add_meeting_points(trainer)
             self._undo_setup.append(internals.free_batches(trainer))
+            trained = {
+                id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]
+            }
+            self._untrained = [Versioned(p) for p in trainer.lightning_module.parameters() if id(p) not in trained]
 
     def configure_ddp(self) -> None:
         """Give all workers the same weights to start from, instead of wrapping the model."""
@@ -132,17 +138,35 @@ class StaleStrategy(DDPStrategy):
     def _agree_on_buffers(self) -> None:
         assert self.lightning_module is not None
         agree_on_buffers(self.lightning_module, self.world_size)
+        agree_on_changed(self._untrained, self.world_size)
 
     # --- collectives ------------------------------------------------------------------------------------------------
 
     def reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = "mean") -> Tensor:
         """Reduce over the ranks, as DDP does; within a training batch, warn that this makes the workers meet."""
-        if self.world_size > 1 and self._in_training_batch():
+        self._before_collective("reduce", group)
+        logged = isinstance(reduce_op, str)  # and not a decision that a callback takes, such as ModelCheckpoint's
+        if logged and self.world_size > 1 and self._in_training_batch():
             rank_zero_warn(
                 "self.log(..., on_step=True, sync_dist=True) in a training batch makes all workers meet at every "
                 "batch, so that a slow one holds up the others: write sync_dist=False, or on_step=False"
             )
         return super().reduce(tensor, group, reduce_op)
+
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        self._before_collective("all_gather", group)
+        return super().all_gather(tensor, group, sync_grads)
+
+    def broadcast(self, obj: _T, src: int = 0) -> _T:
+        self._before_collective("broadcast")
+        return super().broadcast(obj, src)
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        self._before_collective("barrier")
+        super().barrier(*args, **kwargs)
+
+    def _before_collective(self, name: str, group: Any | None = None) -> None:
+        """Called before all workers (``group``: ``None``) or some of them enter a collective of Lightning's."""
 
     def _in_training_batch(self) -> bool:
         module: LightningModule | None = self.lightning_module

@@ -3,40 +3,83 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_stale.parameter_server.client import ParameterClient
 
 
 class Binding(ABC):
-    """Moves gradients into the client's buffer, and its weights into the model."""
+    """Moves gradients into the client's buffer, and its weights into the model.
 
-    def __init__(self, client: ParameterClient, parameters: Sequence[Tensor]) -> None:
+    Args:
+        client: with the buffers.
+        parameters: the model's, by name, in the order of the buffers.
+        alone: whether the client's weights are the server's own: what this worker does to them itself counts then.
+    """
+
+    def __init__(self, client: ParameterClient, parameters: Mapping[str, Tensor], alone: bool) -> None:
         self._client = client
-        self._parameters = parameters
+        self._names = list(parameters)
+        self._parameters = list(parameters.values())
+        self._alone = alone
+        self._warned = False
+        self._versions: list[int] = []
 
-    @abstractmethod
     def collect(self, places: Sequence[int]) -> list[bool]:
         """Have the gradients of the parameters at ``places`` in the client's buffer; return which exist."""
+        self.look_for_changes()
+        return self._collect(places)
 
-    @abstractmethod
     def spread(self) -> None:
         """Have the client's weights in the model."""
+        self._spread()
+        self.remember()
+
+    def remember(self) -> None:
+        """Take the weights as they are for those of the server."""
+        self._versions = [parameter._version for parameter in self._parameters]
 
     @abstractmethod
     def release(self) -> None:
         """Let go of the client's buffers; the model keeps its weights."""
 
+    @abstractmethod
+    def _collect(self, places: Sequence[int]) -> list[bool]: ...
+
+    @abstractmethod
+    def _spread(self) -> None: ...
+
+    def _is_replaced(self, place: int) -> bool:
+        """Whether the parameter's memory is no longer that which was bound (``parameter.data = ...``)."""
+        return False
+
+    @torch.no_grad()
+    def look_for_changes(self) -> None:
+        """Find weights that somebody has changed since the last pull, other than the optimizer; before the next one."""
+        for place, (parameter, version) in enumerate(zip(self._parameters, self._versions, strict=True)):
+            if parameter._version == version and not self._is_replaced(place):
+                continue
+            if self._alone:
+                self._client.weights[place].copy_(parameter)
+            elif not self._warned:
+                self._warned = True
+                rank_zero_warn(
+                    f"{self._names[place]} was changed outside of the optimizer, and the parameter server, where the "
+                    "weights are, does not know: the change is lost at the next pull. Make it in the optimizer, "
+                    "e.g. in the step of a subclass."
+                )
+
     def _gradient(self, place: int) -> Tensor | None:
         gradient = self._parameters[place].grad
         if gradient is not None and gradient.layout != torch.strided:
             raise MisconfigurationException(
-                f"the parameter of shape {tuple(gradient.shape)} has a sparse gradient, which cannot be pushed: write "
-                "Embedding(sparse=False), or make the gradient dense"
+                f"{self._names[place]} has a sparse gradient, which cannot be pushed: write Embedding(sparse=False), "
+                "or make the gradient dense"
             )
         return gradient
 
@@ -47,15 +90,16 @@ class SharedBinding(Binding):
     The server writes new weights only while the worker waits for its OK, so no copy and no lock is needed.
     """
 
-    def __init__(self, client: ParameterClient, parameters: Sequence[Tensor]) -> None:
-        super().__init__(client, parameters)
+    def __init__(self, client: ParameterClient, parameters: Mapping[str, Tensor], alone: bool) -> None:
+        super().__init__(client, parameters, alone)
         self._hooks = []
-        for parameter, weight, gradient in zip(parameters, client.weights, client.gradients, strict=True):
-            parameter.data = weight
+        for parameter, gradient in zip(self._parameters, client.gradients, strict=True):
             if parameter.requires_grad:
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(_PutInto(gradient)))  # type: ignore[no-untyped-call]
+        self._spread()
+        self.remember()
 
-    def collect(self, places: Sequence[int]) -> list[bool]:
+    def _collect(self, places: Sequence[int]) -> list[bool]:
         used = []
         for place in places:
             gradient = self._gradient(place)
@@ -64,14 +108,20 @@ class SharedBinding(Binding):
                 self._client.gradients[place].copy_(gradient.detach())
         return used
 
-    def spread(self) -> None:
-        pass
+    def _spread(self) -> None:
+        for parameter, weight in zip(self._parameters, self._client.weights, strict=True):
+            if parameter.data_ptr() != weight.data_ptr():
+                parameter.data = weight
+
+    def _is_replaced(self, place: int) -> bool:
+        return self._parameters[place].data_ptr() != self._client.weights[place].data_ptr()
 
     def release(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        for parameter in self._parameters:
-            parameter.data = parameter.data.clone()
+        for place, parameter in enumerate(self._parameters):
+            if not self._is_replaced(place):
+                parameter.data = parameter.data.clone()
             parameter.grad = None
 
 
@@ -94,13 +144,16 @@ class _PutInto:
 class StagedBinding(Binding):
     """CUDA: the client's buffers are pinned, and copies run on a stream of their own."""
 
-    def __init__(self, client: ParameterClient, parameters: Sequence[Tensor], device: torch.device) -> None:
-        super().__init__(client, parameters)
+    def __init__(
+        self, client: ParameterClient, parameters: Mapping[str, Tensor], alone: bool, device: torch.device
+    ) -> None:
+        super().__init__(client, parameters, alone)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pinned = _pin(client.buffer)
-        self.spread()
+        self._spread()
+        self.remember()
 
-    def collect(self, places: Sequence[int]) -> list[bool]:
+    def _collect(self, places: Sequence[int]) -> list[bool]:
         used = []
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
@@ -113,7 +166,7 @@ class StagedBinding(Binding):
         return used
 
     @torch.no_grad()
-    def spread(self) -> None:
+    def _spread(self) -> None:
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
             for parameter, weight in zip(self._parameters, self._client.weights, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,39 @@ def agree_on_buffers(model: nn.Module, world_size: int) -> None:
 
     _in_one(average, (buffer for buffer in model.buffers() if id(buffer) in statistics))
     _in_one(adopt, (buffer for buffer in model.buffers() if id(buffer) not in statistics))
+
+
+class Versioned:
+    """A parameter that no optimizer trains, and whether somebody has changed it since the last look."""
+
+    def __init__(self, parameter: Tensor) -> None:
+        self.parameter = parameter
+        self._version = parameter._version
+
+    def changed(self) -> bool:
+        """Return whether it was changed in place since the last :meth:`settle`."""
+        return self.parameter._version != self._version
+
+    def settle(self) -> None:
+        """Take it as it is now."""
+        self._version = self.parameter._version
+
+
+@torch.no_grad()
+def agree_on_changed(parameters: Sequence[Versioned], world_size: int) -> None:
+    """Give parameters that no optimizer trains, and that some rank has changed, the values of rank 0.
+
+    An example is a teacher that follows the model by moving averages; frozen weights are not sent.
+    """
+    if world_size == 1 or not parameters:
+        return
+    device = parameters[0].parameter.device
+    flags = torch.tensor([parameter.changed() for parameter in parameters], dtype=torch.uint8, device=device)
+    torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+    for parameter, changed in zip(parameters, flags.tolist(), strict=True):
+        if changed:
+            torch.distributed.broadcast(parameter.parameter.data, src=0)
+            parameter.settle()
 
 
 def _in_one(collective: Callable[[Tensor], None], buffers: Iterable[Tensor]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint, Timer
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
@@ -20,7 +20,9 @@ def check_trainer(trainer: Trainer) -> None:
     Raises:
         MisconfigurationException: names the argument, and the one to use.
     """
-    if any(isinstance(callback, Timer) for callback in internals.callbacks(trainer)):
+    if any(
+        isinstance(callback, Timer) and internals.limits_time(callback) for callback in internals.callbacks(trainer)
+    ):
         raise MisconfigurationException(
             "Trainer(max_time=...) and the Timer callback make all workers meet at every batch, which bounded "
             "staleness is there to avoid: write Trainer(max_steps=...) or Trainer(max_epochs=...)"
@@ -30,6 +32,12 @@ def check_trainer(trainer: Trainer) -> None:
             raise MisconfigurationException(
                 "ModelCheckpoint(train_time_interval=...) makes all workers meet at every batch: write "
                 "ModelCheckpoint(every_n_train_steps=...) or ModelCheckpoint(every_n_epochs=...)"
+            )
+        if isinstance(callback, BaseFinetuning):
+            raise MisconfigurationException(
+                f"{type(callback).__name__} gives the optimizer further parameters while training runs, and only those "
+                "that it started with are known elsewhere: give it all parameters in configure_optimizers(), and set "
+                "requires_grad=False until they are to learn"
             )
     if internals.validates_by_time(trainer):
         raise MisconfigurationException(
@@ -98,14 +106,14 @@ def check_validation_batches(trainer: Trainer) -> None:
     batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
     if trainer.world_size == 1 or any(count == float("inf") for count in batches):
         return
-    mine = torch.tensor(int(sum(batches)), device=trainer.strategy.root_device)
+    mine = torch.tensor([int(count) for count in batches], device=trainer.strategy.root_device)  # one per loader
     everyone = trainer.strategy.all_gather(mine).tolist()
-    if len(set(everyone)) > 1:
-        counts = ", ".join(f"rank {rank}: {count}" for rank, count in enumerate(everyone))
+    if any(counts != everyone[0] for counts in everyone):
+        counts = ", ".join(f"rank {rank}: {'+'.join(map(str, counts))}" for rank, counts in enumerate(everyone))
         raise MisconfigurationException(
             f"the ranks have different numbers of validation batches ({counts}): leave "
             "Trainer(use_distributed_sampler=True), or write Trainer(limit_val_batches="
-            f"{min(everyone) or 1}) so that all have as many"
+            f"{min(map(min, everyone)) or 1}) so that all have as many"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
 from typing import Any
 
@@ -38,20 +38,24 @@ class Exchange:
 
     Args:
         client: the connection to the server.
+        names: of the model's parameters, by ``id``.
         optimizers: the user's; their state is the server's from now on.
         device: where the model is.
         precision: the precision plugin, which clips gradients.
         averages: whether the paradigm steps with the mean of a round.
+        alone: whether this is the only worker.
         guard: wraps a call that may wait for the server.
     """
 
     def __init__(
         self,
         client: ParameterClient,
+        names: Mapping[int, str],
         optimizers: Sequence[Optimizer],
         device: torch.device,
         precision: Precision,
         averages: bool,
+        alone: bool,
         guard: Callable[[Callable[[], Any]], Any],
     ) -> None:
         self._client = client
@@ -61,8 +65,12 @@ class Exchange:
         parameters = unique_parameters(optimizers)
         place = {id(parameter): i for i, parameter in enumerate(parameters)}
         self._places = [parameter_places(optimizer, place) for optimizer in optimizers]
+        named = {names.get(id(p), f"parameter {i} of the optimizers"): p for i, p in enumerate(parameters)}
+        own_weights = alone and client.shared
         self._binding: Binding = (
-            SharedBinding(client, parameters) if device.type == "cpu" else StagedBinding(client, parameters, device)
+            SharedBinding(client, named, own_weights)
+            if device.type == "cpu"
+            else StagedBinding(client, named, own_weights, device)
         )
         self._clips: dict[int, tuple[float, str]] = {}
         if averages:
@@ -72,6 +80,14 @@ class Exchange:
     def spread(self) -> None:
         """Have the weights that the client has pulled in the model."""
         self._binding.spread()
+
+    def look_for_changes(self) -> None:
+        """Find weights that were changed outside of the optimizer; call before a pull."""
+        self._binding.look_for_changes()
+
+    def remember(self) -> None:
+        """Take the weights as they are for those of the server (after a validation with other weights, say)."""
+        self._binding.remember()
 
     def release(self) -> None:
         """Give the optimizers their own ``step`` back, and the model memory of its own."""

@@ -1,4 +1,4 @@
-"""Every reach into a private part of Lightning (read in 2.6.6) or torch (2.13); a test fails when one of them moves."""
+"""Reaches into private state of Lightning (read in 2.6.6) and torch (2.13); a test fails when one of them moves."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from torch.distributed.distributed_c10d import Store, Work, _get_default_store
 from torch.utils.data import DataLoader
@@ -90,6 +90,11 @@ def note_sigterm(trainer: Trainer) -> None:
 def validates_by_time(trainer: Trainer) -> bool:
     """Whether ``val_check_interval`` is a time."""
     return trainer._val_check_time_interval is not None  # type: ignore[attr-defined]
+
+
+def limits_time(callback: Timer) -> bool:
+    """Whether ``callback`` ends training, and does not only measure."""
+    return callback._duration is not None
 
 
 def saves_by_time(callback: ModelCheckpoint) -> bool:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lightning_stale.paradigms import Paradigm, as_paradigm
 from lightning_stale.parameter_server import memory
 from lightning_stale.parameter_server.client import (
+    CONNECT_TIMEOUT_S,
     Endpoint,
     ParameterClient,
     Release,
@@ -26,6 +27,7 @@ from lightning_stale.parameter_server.client import (
 )
 from lightning_stale.parameter_server.layout import Layout
 from lightning_stale.parameter_server.process import ServerProcess
+from lightning_stale.parameter_server.wire import WireError
 from lightning_stale.strategies import internals
 from lightning_stale.strategies.base import StaleStrategy
 from lightning_stale.strategies.exchange import Exchange, unique_parameters
@@ -76,6 +78,7 @@ class StaleSyncStrategy(StaleStrategy):
         self._client: ParameterClient | None = None
         self._exchange: Exchange | None = None
         self._snapshot: Mapping[str, Any] | None = None  # of the checkpoint that fit resumes from
+        self._last_snapshot: Mapping[str, Any] | None = None  # of the server when fit had ended
         self._summary: dict[str, Any] = {"paradigm": repr(self.paradigm), "updates": 0, "workers": []}
 
     def summary(self) -> dict[str, Any]:
@@ -106,42 +109,63 @@ class StaleSyncStrategy(StaleStrategy):
     def on_train_start(self) -> None:
         """Let the server start and connect to it: weights, optimizers and clocks are final by now."""
         super().on_train_start()
+        try:
+            self.barrier("the start of fit")
+        except RuntimeError as error:
+            raise RunFailedError("error", "a worker ended before training started; it says why") from error
         endpoint = self._share_endpoint()
         self._client = ParameterClient(endpoint, self.global_rank, self.transport, self._check_signals)
-        self._guard(lambda: self._require_client().meet("the start of fit", "step 0"))
+        self._guard(lambda: self._require_client().meet("the start of fit", "step 0", timeout_s=2 * CONNECT_TIMEOUT_S))
+        assert self.lightning_module is not None
         self._exchange = Exchange(
             self._client,
+            {id(parameter): name for name, parameter in self.lightning_module.named_parameters()},
             self.optimizers,
             self.root_device,
             self.precision_plugin,
-            self.paradigm.averages,
-            self._guard,
+            averages=self.paradigm.averages,
+            alone=self.world_size == 1,
+            guard=self._guard,
         )
         for optimizer in self.optimizers:
             optimizer.state.clear()  # it lives in the server now
-        self._snapshot = None
+        self._snapshot = self._last_snapshot = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Let the time until the next push count as computing."""
         if self._client is not None:
             self._client.start_computing()
 
+    def on_validation_end(self) -> None:
+        """Weights that a callback has swapped for validation, and back, are not a change."""
+        if self._exchange is not None:
+            self._exchange.remember()
+
     def on_train_end(self) -> None:
         """Take the optimizer state back, and let the server end."""
         super().on_train_end()
         client = self._require_client()
-        for index, optimizer in enumerate(self.optimizers):
-            optimizer.load_state_dict(self.optimizer_state_of(index))
+        if self.is_global_zero:  # which saves
+            self._take_back_optimizers()
         self.summary()
+        self._last_snapshot = client.snapshot()
         self._release_model()
         client.close(finished=True)
         self._client = None
         if self._server is not None:
-            self._server.stop(grace_s=30.0)
+            self._server.stop()  # once all workers have said goodbye
             self._server = None
 
     def teardown(self) -> None:
         """End what is left after a failure; the model keeps the weights it has."""
+        if self._exchange is not None and self.is_global_zero:
+            try:
+                self._take_back_optimizers()
+            except (ServerLostError, RunFailedError, WireError):
+                rank_zero_warn(
+                    "the state of the optimizers was in the parameter server, which is gone: what is saved now lacks "
+                    "it. Resume from the last checkpoint."
+                )
         self._release_model()
         if self._client is not None:
             self._client.close(finished=False)
@@ -151,10 +175,16 @@ class StaleSyncStrategy(StaleStrategy):
             self._server = None
         super().teardown()
 
+    def _take_back_optimizers(self) -> None:
+        for index, optimizer in enumerate(self.optimizers):
+            optimizer.load_state_dict(self.optimizer_state_of(index))
+
     def meet(self, place: str) -> None:
         if self._client is None:  # sanity validation, or after fit
             return
         client, step = self._client, self._require_trainer().global_step
+        if self._exchange is not None:
+            self._exchange.look_for_changes()
         self._guard(lambda: client.meet(place, f"step {step}"))
         if self._exchange is not None:
             self._exchange.spread()
@@ -170,7 +200,18 @@ class StaleSyncStrategy(StaleStrategy):
             client.abort("sigterm", "received SIGTERM")
         else:
             lines = "".join(traceback.format_exception(exception))
-            client.abort("error", f"raised {type(exception).__name__}; its traceback:\n{lines}")
+            cause = client.abort("error", f"raised {type(exception).__name__}; its traceback:\n{lines}")
+            exception.__cause__ = exception.__cause__ or cause
+
+    def _before_collective(self, name: str, group: Any | None = None) -> None:
+        """Meet at the server first: it tells workers that are at different places, or one of which has failed.
+
+        The collective itself would wait for its timeout, or speak of a broken connection.
+        """
+        if self._client is None or self.world_size == 1 or group is not None or self._require_trainer().interrupted:
+            return
+        client, step = self._client, self._require_trainer().global_step
+        self._guard(lambda: client.meet(f"a collective operation ({name})", f"step {step}", pull=False))
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -196,14 +237,19 @@ class StaleSyncStrategy(StaleStrategy):
         return self.optimizer_state_of(index)
 
     def optimizer_state_of(self, index: int) -> dict[str, Any]:
-        """Return ``state_dict()`` of an optimizer: its state in the server, its param groups as they are here."""
-        state = self._require_client().optimizer_state(index)
-        return {**self.optimizers[index].state_dict(), "state": state}
+        """Return ``state_dict()`` of an optimizer: the server's, with the param groups as they are here."""
+        theirs, mine = self._require_client().optimizer_state(index), self.optimizers[index].state_dict()
+        groups: list[dict[str, Any]] = [dict(group) for group in mine.get("param_groups", [])]
+        for group, kept in zip(groups, theirs.pop("param_groups"), strict=False):  # a group added here is an error soon
+            group.update(kept)
+        return {**mine, **theirs, "param_groups": groups} if mine else mine
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Save an ordinary Lightning checkpoint, with the clocks in an entry of its own."""
-        if self._client is not None and self.is_global_zero and "optimizer_states" in checkpoint:
-            checkpoint[CHECKPOINT_KEY] = self._client.snapshot()
+        if self.is_global_zero and "optimizer_states" in checkpoint:
+            snapshot = self._last_snapshot if self._client is None else self._client.snapshot()
+            if snapshot is not None:
+                checkpoint[CHECKPOINT_KEY] = snapshot
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -234,7 +280,8 @@ class StaleSyncStrategy(StaleStrategy):
         parameters = unique_parameters(self.optimizers)
         layout = Layout.of(parameters)
         several_hosts = self.num_nodes > 1
-        assert self._server is not None
+        if self._server is None:  # the second training of one fit, as LearningRateFinder does it
+            self._server = ServerProcess()
         port = self._server.serve(
             parameters,
             self.optimizers,

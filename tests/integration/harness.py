@@ -75,10 +75,7 @@ class Workers:
 
     def wait_for(self, name: str, timeout: float = 60.0) -> None:
         """Wait until a worker has called :func:`signal_test` with ``name``."""
-        deadline = time.monotonic() + timeout
-        while not (self.folder / name).exists():
-            assert time.monotonic() < deadline, f"no worker came to {name!r} within {timeout} s"
-            time.sleep(0.02)
+        wait_for_file(self.folder / name, timeout)
 
     def join(self, timeout: float) -> list[Worker]:
         """Wait for all; return how each ended.
@@ -163,6 +160,18 @@ def run_workers(
 def signal_test(folder: Path | str, name: str) -> None:
     """In a worker: let the test know that it got to ``name``."""
     (Path(folder) / name).touch()
+
+
+def wait_for_file(path: Path, timeout: float = 60.0) -> None:
+    """Wait until ``path`` exists.
+
+    Raises:
+        AssertionError: after ``timeout`` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    while not path.exists():
+        assert time.monotonic() < deadline, f"nobody came to {path.name!r} within {timeout} s"
+        time.sleep(0.02)
 
 
 @dataclass
@@ -268,6 +277,7 @@ def _main(
 ) -> None:
     os.environ.update(environment)
     os.setpgrp()  # what this worker forks is found by its group; what it executes, by the mark in the environment too
+    multiprocessing.set_start_method("fork", force=True)  # as in a user's process: DataLoader workers end with this one
     stack = (Path(folder) / f"stack-{rank}").open("w")
     faulthandler.register(signal.SIGUSR2, file=stack, all_threads=True)
     import torch

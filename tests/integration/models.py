@@ -85,6 +85,36 @@ class Linear(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
+class Ledger(L.LightningModule):
+    """A loss that is linear in the weights, with a page per sample that tells how often its gradient was applied.
+
+    The gradient of every batch is :attr:`slope` in ``weight``, and one in ``pages[i]`` for each sample ``i`` of it.
+    With SGD, a learning rate that is a power of two and small integers, all sums are exact in any order.
+    """
+
+    lr = 2.0**-10
+    slope = torch.tensor([1.0, -2.0, 3.0, 5.0, -7.0])
+
+    def __init__(self, samples: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.arange(5.0))
+        self.pages = nn.Parameter(torch.zeros(samples))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.weight @ self.slope + self.pages[batch[0]].sum()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("page", self.pages[batch[0]].mean(), sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+def numbered(samples: Any, batch_size: int = 2) -> DataLoader[Any]:
+    """Return an unshuffled loader of sample numbers, for :class:`Ledger`."""
+    return DataLoader(TensorDataset(torch.as_tensor(samples)), batch_size=batch_size)
+
+
 def weights(module: nn.Module) -> dict[str, Tensor]:
     """Return a copy of the state dict, as numpy-free plain tensors that pickle well."""
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
@@ -98,3 +128,22 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor], atol: float =
             assert torch.equal(left[name], right[name]), f"{name}: {left[name]} != {right[name]}"
         else:
             torch.testing.assert_close(left[name], right[name], atol=atol, rtol=0.0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def assert_equal(left: Any, right: Any, where: str = "") -> None:
+    """Assert that two nested structures are equal, the tensors in them bit for bit and of the same type."""
+    if isinstance(left, Tensor):
+        assert isinstance(right, Tensor), where
+        assert left.dtype == right.dtype, where
+        assert torch.equal(left, right), f"{where}: {left} != {right}"
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys(), where
+        for key in left:
+            assert_equal(left[key], right[key], f"{where}[{key!r}]")
+    elif isinstance(left, (list, tuple)):
+        assert type(left) is type(right), where
+        assert len(left) == len(right), where
+        for place, (one, other) in enumerate(zip(left, right, strict=True)):
+            assert_equal(one, other, f"{where}[{place}]")
+    else:
+        assert left == right, f"{where}: {left} != {right}"

@@ -1,0 +1,107 @@
+"""The private parts of Lightning and torch that are used are still where they were, and do what is expected."""
+
+from __future__ import annotations
+
+import signal
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+
+from lightning_stale.strategies import internals
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Trainer:
+    return Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
+
+
+def test_a_batch_of_lightning_ends_in_the_collective_that_is_replaced() -> None:
+    """If it is gone from `advance`, so is the reason for `free_batches`."""
+    assert "_broadcast_sigterm_tensor" in _TrainingEpochLoop.advance.__code__.co_names
+    assert callable(_SignalConnector._sigterm_notifier_fn)
+
+
+def test_free_batches_replaces_and_restores(trainer: Trainer) -> None:
+    loop, connector = trainer.fit_loop.epoch_loop, trainer._signal_connector
+    undo = internals.free_batches(trainer)
+    assert "_broadcast_sigterm_tensor" in vars(loop)
+    assert "_sigterm_notifier_fn" in vars(connector)
+    undo()
+    assert loop._broadcast_sigterm_tensor.__func__ is _TrainingEpochLoop._broadcast_sigterm_tensor
+    assert connector._sigterm_notifier_fn.__func__ is _SignalConnector._sigterm_notifier_fn
+
+
+def test_a_batch_without_collectives_calls_none(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for name in ("broadcast", "all_reduce", "barrier"):
+        monkeypatch.setattr(torch.distributed, name, lambda *_, name=name, **__: calls.append(name))
+    for name in ("is_available", "is_initialized"):
+        monkeypatch.setattr(torch.distributed, name, lambda: True)
+    monkeypatch.setattr(type(trainer), "world_size", 2)
+    loop = trainer.fit_loop.epoch_loop
+    undo = internals.free_batches(trainer)
+    loop._broadcast_sigterm_tensor()
+    assert calls == []
+    undo()
+    loop._broadcast_sigterm_tensor()
+    assert calls, "this version of Lightning calls something else: the test above would not notice a collective"
+
+
+def test_the_handler_of_sigterm_notes_it_without_a_collective(trainer: Trainer) -> None:
+    undo = internals.free_batches(trainer)
+    assert not trainer.received_sigterm
+    trainer._signal_connector._sigterm_notifier_fn(signal.SIGTERM, None)
+    assert trainer.received_sigterm
+    undo()
+
+
+def test_a_loop_without_the_collective_is_an_error_that_says_so(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(_TrainingEpochLoop, "_broadcast_sigterm_tensor")
+    with pytest.raises(internals.LightningChangedError, match=r"_TrainingEpochLoop\._broadcast_sigterm_tensor is gone"):
+        internals.free_batches(trainer)
+
+
+def test_note_sigterm(trainer: Trainer) -> None:
+    internals.note_sigterm(trainer)
+    assert trainer.received_sigterm
+
+
+def test_callbacks_are_the_trainers_own_list(trainer: Trainer) -> None:
+    assert internals.callbacks(trainer) is trainer.callbacks  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("interval", "by_time"), [(timedelta(minutes=1), True), (0.5, False), (None, False)], ids=repr)
+def test_validates_by_time(interval: Any, by_time: bool, tmp_path: Path) -> None:
+    trainer = Trainer(
+        accelerator="cpu", devices=1, logger=False, val_check_interval=interval, default_root_dir=tmp_path
+    )
+    assert internals.validates_by_time(trainer) is by_time
+
+
+@pytest.mark.parametrize(
+    ("options", "by_time"), [({"train_time_interval": timedelta(minutes=1)}, True), ({"every_n_epochs": 1}, False)]
+)
+def test_saves_by_time(options: dict[str, Any], by_time: bool) -> None:
+    assert internals.saves_by_time(ModelCheckpoint(**options)) is by_time
+
+
+def test_current_hook() -> None:
+    module = LightningModule()
+    assert internals.current_hook(module) is None
+    module._current_fx_name = "training_step"
+    assert internals.current_hook(module) == "training_step"
+
+
+def test_ddp_has_what_the_strategy_overrides() -> None:
+    for name in ("_configure_launcher", "configure_ddp", "setup_environment", "reduce", "teardown", "_layer_sync"):
+        assert hasattr(DDPStrategy(), name), name
