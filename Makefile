@@ -18,6 +18,7 @@ lint: .venv/.installed
 bench: .venv/.installed
 	$(BIN)/python benchmarks/exchange.py
 	$(BIN)/python benchmarks/workers.py
+	$(BIN)/python benchmarks/pipeline.py
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

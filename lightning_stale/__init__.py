@@ -1,4 +1,4 @@
-"""Training with staleness in PyTorch Lightning; importing it registers ``"bsp"``, ``"asp"``, ``"ssp"`` and ``"dssp"``.
+"""Training with staleness in PyTorch Lightning; importing it registers its strategies by name.
 
 Example::
 
