@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -218,8 +218,12 @@ def _replay(state: dict[str, Any] | None) -> Iterator[None]:
         yield
 
 
-def check_disjoint(blocks: Sequence[Block]) -> None:
-    """Refuse a parameter that two blocks share.
+def check_disjoint(blocks: Sequence[Block], outside: Iterable[tuple[str, nn.Parameter]] = ()) -> None:
+    """Refuse a parameter that two blocks share, or that a block shares with what lies outside of all blocks.
+
+    Args:
+        blocks: the blocks.
+        outside: (name, parameter) of what the model holds outside of the module that was cut.
 
     Raises:
         ValueError: names it.
@@ -233,3 +237,10 @@ def check_disjoint(blocks: Sequence[Block]) -> None:
                     f"blocks {first} and {k} share a parameter ({other!r} and {name!r}), and each block has its own "
                     "optimizer: choose a split that keeps both in one block, or do not share it"
                 )
+    for name, parameter in outside:
+        if id(parameter) in owner:
+            k, other = owner[id(parameter)]
+            raise ValueError(
+                f"{name!r} is {other!r} of block {k}, and what lies outside of the blocks is the last stage's: make "
+                "it part of the module that is cut, in the same block, or do not share it"
+            )

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import traceback
-import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -17,7 +15,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
@@ -25,14 +22,12 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from lightning_stale.pipeline.channels import Channel
-from lightning_stale.pipeline.health import Health, StageFailedError
 from lightning_stale.pipeline.links import link_stages, stage_mesh
 from lightning_stale.pipeline.order import share_order
 from lightning_stale.pipeline.ownership import (
     OptimizerShare,
     complete_state_dict,
     constant_names,
-    gather_everywhere,
     materialize,
     own_names,
     own_values,
@@ -44,20 +39,16 @@ from lightning_stale.pipeline.pipeline import Pipeline
 from lightning_stale.pipeline.stage import Block, Stage, check_disjoint, tensors
 from lightning_stale.pipeline.staleness import Staleness
 from lightning_stale.strategies import internals
-from lightning_stale.strategies.base import StaleStrategy
 from lightning_stale.strategies.cut import Split, cut_model
 from lightning_stale.strategies.relay import MetricsRelay
-
-_PATIENCE_S = 15.0
-
-TBroadcast = TypeVar("TBroadcast")
+from lightning_stale.strategies.replica import SingleReplicaStrategy
 
 
 class _StageDoneError(Exception):
     """Ends a step on a rank without the last stage: what comes after the body is another rank's."""
 
 
-class DSPStrategy(StaleStrategy):
+class DSPStrategy(SingleReplicaStrategy):
     """Cuts the layers into a pipeline of blocks, each updated at once, from diversely stale features and gradients.
 
     In each iteration stage ``k`` runs the forward of batch ``n`` and the backward of batch ``n - m_k``, and takes a
@@ -114,22 +105,15 @@ class DSPStrategy(StaleStrategy):
         self.module, self.split = module, split
         self._pipeline: Pipeline | None = None
         self._blocks: list[Block] = []
-        self._health: Health | None = None
         self._shares: list[OptimizerShare] = []
         self._own: set[str] = set()
         self._count, self._mine, self._built_on_meta = 0, range(0), False
         self._mesh: DeviceMesh | None = None
-        self._reported: BaseException | None = None
         self._calls: int | None = None  # of the body, in a step
         self._since_step = 0
         self._summary: dict[str, Any] = {"staleness": (), "stages": []}
 
     # --- set-up -----------------------------------------------------------------------------------------------------
-
-    @property
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """One replica: every rank sees all batches."""
-        return {"num_replicas": 1, "rank": 0}
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -222,14 +206,11 @@ class DSPStrategy(StaleStrategy):
         stages, mine = self._count, self._mine
         staleness = Staleness.of(self.staleness, stages, self.queues)
         owner, self._blocks = cut_model(trainer, stages, self.module, self.split, self._undo_setup)
-        check_disjoint(self._blocks)
+        check_disjoint(self._blocks, _outside(module, owner))
         links: dict[str, Channel] = {}
         if self.world_size > 1:
             self._mesh = stage_mesh(self.world_size, self.root_device)
-            prefix = f"lightning_stale/{self.broadcast(uuid.uuid4().hex)}"
-            store = internals.rendezvous_store()
-            self._health = Health(store, prefix, self.global_rank, self.world_size, _PATIENCE_S, self._check_signals)
-            links = link_stages(self._mesh, staleness, self.root_device, self._health)
+            links = link_stages(self._mesh, staleness, self.root_device, self._start_health())
         self._pipeline = Pipeline(
             [
                 Stage(
@@ -422,45 +403,6 @@ class DSPStrategy(StaleStrategy):
             return super().predict_step(*args, **kwargs)
         return None
 
-    # --- one replica ------------------------------------------------------------------------------------------------
-
-    def reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = "mean") -> Tensor:
-        """Reduce over the replicas, of which there is one."""
-        return tensor
-
-    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
-        """Gather over the replicas, of which there is one."""
-        return tensor.unsqueeze(0)
-
-    def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
-        """Broadcast once all ranks are there."""
-        self._gather_ranks()
-        return super().broadcast(obj, src)
-
-    def barrier(self, name: str | None = None) -> None:
-        """Wait until all ranks are there."""
-        self._gather_ranks()
-
-    def _gather_everywhere(self, value: Any) -> list[Any]:
-        self._gather_ranks()
-        return gather_everywhere(value)
-
-    def _everyones_values(self) -> list[dict[str, Tensor]]:
-        assert self.lightning_module is not None
-        return self._gather_everywhere(own_values(self.lightning_module, self._own))
-
-    def _gather_ranks(self) -> None:
-        """Wait, before a collective, until all ranks are there; the collective itself would wait for a dead one."""
-        if self.world_size > 1:
-            if self._health is None:
-                super().barrier()
-            else:
-                self._health.wait(internals.asynchronous_barrier(self.root_device))
-
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        """Take the decision of rank 0, where the metrics are."""
-        return bool(self.broadcast(decision))
-
     # --- checkpoints and the end ------------------------------------------------------------------------------------
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -489,6 +431,10 @@ class DSPStrategy(StaleStrategy):
         for share, state in zip(self._shares, checkpoint["optimizer_states"], strict=False):
             share.load(state)
 
+    def _everyones_values(self) -> list[dict[str, Tensor]]:
+        assert self.lightning_module is not None
+        return self._gather_everywhere(own_values(self.lightning_module, self._own))
+
     def on_train_end(self) -> None:
         """Put the model and its optimizers together again."""
         super().on_train_end()
@@ -507,9 +453,7 @@ class DSPStrategy(StaleStrategy):
         if self._pipeline is not None:
             self._pipeline.close()
             self._pipeline = None
-        if self._health is not None:
-            self._health.close()
-            self._health = None
+        self._end_health()
         if self.lightning_module is not None and any(p.is_meta for p in self.lightning_module.parameters()):
             fn = self.lightning_module._trainer and self.lightning_module.trainer.state
             values: dict[str, Tensor] = {}
@@ -519,27 +463,6 @@ class DSPStrategy(StaleStrategy):
             put_back(self.lightning_module, values)
         self._shares, self._blocks, self._mesh = [], [], None
         super().teardown()
-
-    def on_exception(self, exception: BaseException) -> None:
-        """Tell the other ranks; in ``fit`` they have been told already, before any other callback."""
-        self.report(exception)
-
-    def report(self, exception: BaseException) -> None:
-        if self._health is None or isinstance(exception, StageFailedError) or exception is self._reported:
-            return
-        self._reported = exception
-        first = self._health.failure
-        if first is not None:
-            exception.__cause__ = exception.__cause__ or first
-        elif isinstance(exception, KeyboardInterrupt):
-            self._health.fail("interrupt", f"rank {self.global_rank} was interrupted")
-        elif isinstance(exception, SIGTERMException):
-            self._health.fail("sigterm", f"rank {self.global_rank} received SIGTERM")
-        else:
-            lines = "".join(traceback.format_exception(exception))
-            self._health.fail(
-                "error", f"rank {self.global_rank} raised {type(exception).__name__}; its traceback:\n{lines}"
-            )
 
     def summary(self) -> dict[str, Any]:
         """Return ``{"staleness": m, "stages": [{"stage", "parameters", "busy_s"}, ...]}``; times after ``fit``."""
@@ -554,13 +477,18 @@ class DSPStrategy(StaleStrategy):
         for row in self._summary["stages"]:
             row["busy_s"] = busy[row["stage"] // per_rank] / per_rank
 
-    def _check_signals(self) -> None:
-        assert self.lightning_module is not None
-        if self.lightning_module.trainer.received_sigterm:
-            raise SIGTERMException
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}(stages={self.stages}, staleness={self.staleness!r}, split={self.split!r})"
+
+
+def _outside(model: nn.Module, owner: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return the names and parameters of ``model`` that are not those of ``owner``, the module that was cut."""
+    within = [path for path, module in model.named_modules(remove_duplicate=False) if module is owner]
+    return [
+        (name, parameter)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if not any(path == "" or name.startswith(f"{path}.") for path in within)
+    ]
 
 
 def _bound(bind: Callable[..., inspect.BoundArguments], owner: nn.Module, args: Any, kwargs: Any) -> tuple[Any, ...]:

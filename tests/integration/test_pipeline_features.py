@@ -244,6 +244,19 @@ class Nothing(Chain):
         self.net(batch[0])
 
 
+class Across(Chain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.append(self.net[0])
+
+
+class Tied(Chain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 6)
+        self.head.weight = self.net[0].weight
+
+
 class TwiceEvaluated(Chain):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val_loss", (self.net(batch[0]) + self.net(-batch[0])).mean())
@@ -261,6 +274,8 @@ REFUSED: list[Any] = [
     ("Before", {}, "before the module that was cut has parameters to train", "make it part of that module"),
     ("Around", {}, "training_step did not call the module that was cut", "DSPStrategy(module=...)"),
     ("Nothing", {}, "training_step returned None", "return a loss"),
+    ("Across", {}, "blocks 0 and 1 share a parameter", "choose a split that keeps both in one block"),
+    ("Tied", {}, "'head.weight' is '0.weight' of block 0", "make it part of the module that is cut"),
 ]
 
 
