@@ -123,7 +123,7 @@ def check_cut_points(split: Sequence[int], layers: int, stages: int) -> list[int
 
 def cut_sequential(body: nn.Sequential, starts: Sequence[int]) -> list[nn.Module]:
     """Return one ``nn.Sequential`` per block, over the same children."""
-    children = list(body.named_children())
+    children = list(body._modules.items())  # named_children() leaves out a module that comes a second time
     bounds = [0, *starts, len(children)]
     return [nn.Sequential(OrderedDict(children[a:b])) for a, b in pairwise(bounds)]
 

@@ -26,6 +26,8 @@ from lightning_stale.strategies import internals
 
 @pytest.fixture
 def group(tmp_path: Path) -> Iterator[None]:
+    if dist.is_initialized():  # left by a Trainer that ran in this process
+        dist.destroy_process_group()
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()

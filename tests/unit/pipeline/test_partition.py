@@ -282,3 +282,12 @@ def test_a_buffer_of_all_blocks_is_held_by_each_and_a_parameter_refused() -> Non
     assert torch.equal(blocks[2](*features), model(rows(4)))
     with pytest.raises(ValueError, match=r"blocks 0 and 2 share a parameter \('gain' and 'gain'\)"):
         check_disjoint([Block(block) for block in cut_traced(Everywhere(parameter=True), ["two", "three"], "net")])
+
+
+def test_a_module_that_comes_twice_runs_twice() -> None:
+    activation = nn.ReLU()
+    body = nn.Sequential(nn.Linear(4, 4), activation, nn.Linear(4, 4), activation, nn.Linear(4, 4))
+    blocks = cut_sequential(body, [2])
+    x = torch.randn(3, 4)
+    assert [len(block) for block in blocks] == [2, 3]
+    assert torch.equal(blocks[1](blocks[0](x)), body(x))
