@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class ResNet20(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         widths = [16, *[16] * 3, *[32] * 3, *[64] * 3]
-        blocks = [Residual(a, b) for a, b in zip(widths, widths[1:], strict=False)]
+        blocks = [Residual(a, b) for a, b in pairwise(widths)]
         stem = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
         self.net = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
         self.marks: list[float] = []
