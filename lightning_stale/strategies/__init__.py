@@ -5,6 +5,7 @@ from __future__ import annotations
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_stale.paradigms import PARADIGMS
+from lightning_stale.strategies.hpsgd import HPSGDStrategy
 from lightning_stale.strategies.stale_sync import StaleSyncStrategy
 
 
@@ -13,6 +14,8 @@ def register_strategies() -> None:
     for name, paradigm in PARADIGMS.items():
         summary = (paradigm.__doc__ or "").splitlines()[0]
         StrategyRegistry.register(name, StaleSyncStrategy, description=summary, override=True, paradigm=name)
+    summary = (HPSGDStrategy.__doc__ or "").splitlines()[0]
+    StrategyRegistry.register("hpsgd", HPSGDStrategy, description=summary, override=True)
 
 
-__all__ = ["StaleSyncStrategy", "register_strategies"]
+__all__ = ["HPSGDStrategy", "StaleSyncStrategy", "register_strategies"]
