@@ -12,130 +12,49 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import subprocess
 import sys
 import tempfile
-import time
-import warnings
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy
+from emulated import LocalSGD, milliseconds_per_step, quiet
 from report import Row, report
 from rich.progress import track
-from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState, post_localSGD_hook
-from torch.utils.data import DataLoader, TensorDataset
 
-FORWARD_S, BACKWARD_S = 0.007, 0.013
-WORKERS, SLOW_FACTOR, BATCH, WARM_UP = 4, 2.3, 8, 10
+import lightning_stale  # noqa: F401 - registers the strategies
+
+STEP_S, WORKERS, SLOW_FACTOR = 0.020, 4, 2.3
 STRATEGIES = ("ddp", "local SGD", "bsp", "ssp", "dssp", "asp")
-
-
-class _Sleep(torch.autograd.Function):
-    """Takes the time of an accelerator's forward and backward pass, and no core."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        time.sleep(FORWARD_S * factor)
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        time.sleep(BACKWARD_S * ctx.factor)
-        return gradient, None
-
-
-class Emulated(L.LightningModule):
-    """1.1 M parameters behind an emulated accelerator."""
-
-    def __init__(self, slow: bool) -> None:
-        super().__init__()
-        self.slow = slow
-        self.net = nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, 10))
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        factor = SLOW_FACTOR if self.slow and self.global_rank == 0 else 1.0
-        return nn.functional.cross_entropy(self.net(_Sleep.apply(batch[0].requires_grad_(), factor)), batch[1])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
-
-
-class LocalSGD(DDPStrategy):
-    """Lightning's post-local SGD; its DDPStrategy registers the hook on CUDA only."""
-
-    def __init__(self) -> None:
-        super().__init__(model_averaging_period=4)
-
-    def _register_ddp_hooks(self) -> None:
-        group = torch.distributed.group.WORLD
-        self._ddp_comm_state = PostLocalSGDState(group, subgroup=_alone(), start_localSGD_iter=WARM_UP)
-        self.model.register_comm_hook(self._ddp_comm_state, post_localSGD_hook)
-
-
-_GROUPS: list[Any] = []
-
-
-def _alone() -> Any:
-    """Return a group of this rank only."""
-    if not _GROUPS:
-        _GROUPS.extend(torch.distributed.new_group([rank]) for rank in range(torch.distributed.get_world_size()))
-    return _GROUPS[torch.distributed.get_rank()]
-
-
-class Timer(L.Callback):
-    """Times the steps after the warm-up."""
-
-    def __init__(self) -> None:
-        self.started = self.ended = 0.0
-        self.steps = 0
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        now = time.perf_counter()
-        if trainer.global_step == WARM_UP:
-            self.started = now
-        self.ended, self.steps = now, trainer.global_step - WARM_UP
 
 
 def measure(name: str, steps: int, slow: bool, workers: int) -> list[float]:
     """Return the milliseconds per step of each worker."""
-    samples = BATCH * (steps + WARM_UP) * workers
-    data = TensorDataset(torch.randn(samples, 512), torch.zeros(samples).long())
-    timer = Timer()
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=workers,
-        strategy=LocalSGD() if name == "local SGD" else name,
-        max_steps=steps + WARM_UP,
-        callbacks=[timer],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(Emulated(slow), DataLoader(data, batch_size=BATCH))
-    mine = torch.tensor(1e3 * (timer.ended - timer.started) / timer.steps)
-    return trainer.strategy.all_gather(mine).tolist() if workers > 1 else [float(mine)]
+    step_s = STEP_S * (SLOW_FACTOR if slow and _rank() == 0 else 1.0)
+    mine = milliseconds_per_step(LocalSGD() if name == "local SGD" else name, steps, step_s, workers)
+    everyone: list[Any] = [mine]
+    if workers > 1:
+        everyone = [None] * workers
+        torch.distributed.all_gather_object(everyone, mine)
+    return everyone
+
+
+def _rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def _run(arguments: argparse.Namespace) -> None:
     """In every worker process: all strategies, in turn, ``repetitions`` times."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
+    quiet()
     names = ["auto"] if arguments.workers == 1 else STRATEGIES
     cases = [(slow, name) for slow in ((False,) if arguments.workers == 1 else (False, True)) for name in names]
     rounds = [case for _ in range(arguments.repetitions) for case in cases]
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if _rank() == 0:
         rounds = track(rounds, description=f"{arguments.workers} worker(s)")
     results = [(slow, name, measure(name, arguments.steps, slow, arguments.workers)) for slow, name in rounds]
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if _rank() == 0:
         Path(arguments.json).write_text(json.dumps(results))
 
 
@@ -163,7 +82,7 @@ def main() -> None:
     together = _launch(WORKERS, arguments)
 
     def rate(slow: bool, name: str, ranks: slice) -> list[float]:
-        """Samples (or steps, for equal workers) per second, a value per repetition: the sum of the workers' rates."""
+        """Steps per second, a value per repetition: the sum of the workers' rates."""
         return [sum(1e3 / t for t in times[ranks]) for s, n, times in together if (s, n) == (slow, name)]
 
     equal = [Row("one worker alone, times 4 (limit)", [WORKERS * 1e3 / t for t in alone], "ddp")]
