@@ -39,10 +39,11 @@ CASES = {
     "hpsgd, merge='cocod'": lambda: HPSGDStrategy(merge="cocod"),
 }
 FIRST_RATE_MBIT = 1_000
+IP, TC = shutil.which("ip") or "", shutil.which("tc") or ""
 
 
-def _ip(*arguments: str) -> None:
-    subprocess.run([*arguments], check=True)
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True)
 
 
 @contextmanager
@@ -51,23 +52,23 @@ def namespaces() -> Iterator[tuple[str, str]]:
     names = (f"stale{os.getpid()}a", f"stale{os.getpid()}b")
     try:
         for name in names:
-            _ip("ip", "netns", "add", name)
-        _ip("ip", "link", "add", "stale0", "netns", names[0], "type", "veth", "peer", "stale0", "netns", names[1])
+            _run(IP, "netns", "add", name)
+        _run(IP, "link", "add", "stale0", "netns", names[0], "type", "veth", "peer", "stale0", "netns", names[1])
         for i, name in enumerate(names):
-            _ip("ip", "-n", name, "addr", "add", f"10.77.0.{i + 1}/24", "dev", "stale0")
+            _run(IP, "-n", name, "addr", "add", f"10.77.0.{i + 1}/24", "dev", "stale0")
             for device in ("lo", "stale0"):
-                _ip("ip", "-n", name, "link", "set", device, "up")
+                _run(IP, "-n", name, "link", "set", device, "up")
         yield names
     finally:
         for name in names:
-            subprocess.run(["ip", "netns", "del", name], check=False, stderr=subprocess.DEVNULL)
+            subprocess.run([IP, "netns", "del", name], check=False, stderr=subprocess.DEVNULL)
 
 
 def limit_rate(names: tuple[str, str], mbit: float) -> None:
     """Let each direction of the link carry ``mbit`` megabits per second."""
     for name in names:
-        qdisc = ["tc", "-n", name, "qdisc", "replace", "dev", "stale0", "root", "tbf"]
-        _ip(*qdisc, "rate", f"{mbit:.0f}mbit", "burst", "256kb", "latency", "100ms")
+        qdisc = [TC, "-n", name, "qdisc", "replace", "dev", "stale0", "root", "tbf"]
+        _run(*qdisc, "rate", f"{mbit:.0f}mbit", "burst", "256kb", "latency", "100ms")
 
 
 def run_both(names: tuple[str, str], *arguments: str) -> list:
@@ -86,7 +87,7 @@ def run_both(names: tuple[str, str], *arguments: str) -> list:
                 "GLOO_SOCKET_IFNAME": "stale0",
                 "OMP_NUM_THREADS": "1",
             }
-            command = ["ip", "netns", "exec", name, sys.executable, __file__, "--rank", str(rank), "--json", str(path)]
+            command = [IP, "netns", "exec", name, sys.executable, __file__, "--rank", str(rank), "--json", str(path)]
             processes.append(subprocess.Popen([*command, *arguments], env=environment))
         codes = [process.wait() for process in processes]
         if any(codes):
@@ -140,7 +141,7 @@ def main() -> None:
         if arguments.rank == 0:
             arguments.json.write_text(json.dumps(measured))
         return
-    if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("tc") is None:
+    if os.geteuid() != 0 or not IP or not TC:
         print("Skipped: an emulated slow network needs root, and ip and tc (Debian: iproute2).")
         return
     with namespaces() as names:
