@@ -136,7 +136,7 @@ def meet_slow_worker(
 def test_asp_lets_a_fast_worker_finish_while_a_slow_one_stands_still(slow: int, tmp_path: Path) -> None:
     """Would hang if anything made the fast worker wait: a gate, a logger, a checkpoint, a collective."""
     summary = run_workers(meet_slow_worker, 2, tmp_path, ASP(), slow, tmp_path, 2, f"end {STEPS - 1}")[0]
-    assert summary["workers"][1 - slow]["max_lead"] == STEPS - 2
+    assert summary["workers"][1 - slow]["max_lead"] >= STEPS - 2  # the slow one has pushed at most twice by then
     assert [worker["pushes"] for worker in summary["workers"]] == [STEPS, STEPS]
 
 
