@@ -8,16 +8,9 @@ from collections.abc import Callable, Sequence
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from lightning_stale.failures import RunFailedError
+
 _BEAT_S = 1.0
-
-
-class RankFailedError(RuntimeError):
-    """Another rank has failed; the text holds its traceback."""
-
-    def __init__(self, kind: str, text: str) -> None:
-        super().__init__(text)
-        self.kind = kind
-        """``"error"``, ``"interrupt"`` (Ctrl-C) or ``"sigterm"``."""
 
 
 class Health:
@@ -44,31 +37,31 @@ class Health:
         if self._store.add("failures", 1) == 1:
             self._store.set("failure", f"{kind}\n{text}")
 
-    def failure(self) -> RankFailedError | None:
+    def failure(self) -> RunFailedError | None:
         """Return why a rank has ended, if one has."""
         if not self._store.check(["failure"]):
             return None
         kind, _, text = self._store.get("failure").decode().partition("\n")
-        return RankFailedError(kind, text)
+        return RunFailedError(kind, text)
 
     def check(self, others: Sequence[int]) -> None:
         """Raise if a rank has failed, or one of ``others`` is not heard of any more.
 
         Raises:
-            RankFailedError: says which, and why.
+            RunFailedError: says which, and why.
         """
         self._check()
         try:
             failure = self.failure()
             silent = [rank for rank in others if self._is_silent(rank)]
         except RuntimeError as error:  # the store is rank 0's
-            raise RankFailedError("error", "rank 0 is gone: it was killed or has crashed") from error
+            raise RunFailedError("error", "rank 0 is gone: it was killed or has crashed") from error
         if failure is not None:
             raise failure
         if silent:
             text = f"rank {silent[0]} has not been heard of for {self._patience_s:.0f} s: it was killed, or hangs"
             self.fail("error", text)
-            raise RankFailedError("error", text)
+            raise RunFailedError("error", text)
 
     def close(self) -> None:
         """Stop the heartbeat."""

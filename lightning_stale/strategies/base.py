@@ -15,9 +15,11 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_stale.failures import RunFailedError
 from lightning_stale.launchers import SummaryLauncher
 from lightning_stale.strategies import internals
 from lightning_stale.strategies.buffers import agree_on_buffers
@@ -133,6 +135,28 @@ class StaleStrategy(DDPStrategy):
     def _agree_on_buffers(self) -> None:
         assert self.lightning_module is not None
         agree_on_buffers(self.lightning_module, self.world_size)
+
+    # --- failures ---------------------------------------------------------------------------------------------------
+
+    def _guard(self, call: Callable[[], _T]) -> _T:
+        """Run ``call``, which may wait; a signal that another rank has received ends this one likewise."""
+        try:
+            return call()
+        except RunFailedError as error:
+            if error.kind == "sigterm":
+                internals.note_sigterm(self._require_trainer())
+                raise SIGTERMException from error
+            if error.kind == "interrupt":
+                raise KeyboardInterrupt from error
+            raise
+
+    def _check_signals(self) -> None:
+        if self._require_trainer().received_sigterm:
+            raise SIGTERMException
+
+    def _require_trainer(self) -> Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
 
     # --- collectives ------------------------------------------------------------------------------------------------
 

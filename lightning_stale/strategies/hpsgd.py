@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import time
-import traceback
-import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 
 from lightning_stale.averaging.merge import MERGES
 from lightning_stale.averaging.reducer import ProcessGroupReducer
 from lightning_stale.averaging.rounds import Interval, Rounds
-from lightning_stale.health import Health, RankFailedError
-from lightning_stale.strategies import internals
-from lightning_stale.strategies.base import StaleStrategy
 from lightning_stale.strategies.exchange import unique_parameters
+from lightning_stale.strategies.peers import PeerStrategy
 
 CHECKPOINT_KEY = "lightning_stale_hpsgd"
-_PATIENCE_S = 20.0
 OuterOptimizer = Callable[[list[torch.nn.Parameter]], Optimizer]
 
 
-class HPSGDStrategy(StaleStrategy):
+class HPSGDStrategy(PeerStrategy):
     """Each worker trains a replica of its own while the average of the workers' last changes is in flight.
 
     A round ends when that average has arrived, or after a fixed number of steps; the average goes into the global
@@ -76,7 +70,6 @@ class HPSGDStrategy(StaleStrategy):
             )
         self.interval, self.merge, self.outer_optimizer = interval, merge, outer_optimizer
         self._rounds: Rounds | None = None
-        self._health: Health | None = None
         self._resumed: Mapping[str, Any] | None = None
         self._ended: dict[str, Any] | None = None  # the outer optimizer when fit had ended
         self._training_since: float | None = None
@@ -98,13 +91,9 @@ class HPSGDStrategy(StaleStrategy):
     def on_train_start(self) -> None:
         """Begin the first round from weights that are the same on all workers."""
         super().on_train_start()
-        prefix = f"lightning_stale/{self.broadcast(uuid.uuid4().hex)}"
-        everyone = [rank for rank in range(self.world_size) if rank != self.global_rank]
-        health = Health(
-            internals.rendezvous_store(), prefix, self.global_rank, _PATIENCE_S, lambda: self._check_signals()
-        )
-        self._health = health
-        reducer = ProcessGroupReducer(dist.new_group(), self.root_device, lambda: health.check(everyone))
+        others = [rank for rank in range(self.world_size) if rank != self.global_rank]
+        health = self._start_health()
+        reducer = ProcessGroupReducer(dist.new_group(), self.root_device, lambda: health.check(others))
         self._rounds = Rounds(
             unique_parameters(self.optimizers),
             reducer,
@@ -207,43 +196,7 @@ class HPSGDStrategy(StaleStrategy):
     def teardown(self) -> None:
         """Stop what is left."""
         self._rounds = None
-        if self._health is not None:
-            self._health.close()
-            self._health = None
         super().teardown()
-
-    def report(self, exception: BaseException) -> None:
-        if self._health is None or isinstance(exception, RankFailedError):
-            return
-        first = self._health.failure()
-        if first is not None:
-            exception.__cause__ = exception.__cause__ or first
-        elif isinstance(exception, KeyboardInterrupt):
-            self._health.fail("interrupt", f"rank {self.global_rank} was interrupted")
-        elif isinstance(exception, SIGTERMException):
-            self._health.fail("sigterm", f"rank {self.global_rank} received SIGTERM")
-        else:
-            lines = "".join(traceback.format_exception(exception))
-            text = f"rank {self.global_rank} raised {type(exception).__name__}; its traceback:\n{lines}"
-            self._health.fail("error", text)
-
-    def _guard(self, call: Callable[[], None]) -> None:
-        """Run ``call``, which may wait; a signal that another rank has received ends this one likewise."""
-        assert self.lightning_module is not None
-        try:
-            call()
-        except RankFailedError as error:
-            if error.kind == "sigterm":
-                internals.note_sigterm(self.lightning_module.trainer)
-                raise SIGTERMException from error
-            if error.kind == "interrupt":
-                raise KeyboardInterrupt from error
-            raise
-
-    def _check_signals(self) -> None:
-        assert self.lightning_module is not None
-        if self.lightning_module.trainer.received_sigterm:
-            raise SIGTERMException
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(interval={self.interval!r}, merge={self.merge!r})"
