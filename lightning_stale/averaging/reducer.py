@@ -15,7 +15,6 @@ from lightning_stale.averaging.rounds import Reducer
 
 BUCKET_ELEMENTS = 6 * 2**20  # 24 MiB of float32: large enough for the bandwidth, small enough to overlap
 _POLL_S = 0.0002
-_CHECK_S = 0.5
 
 
 class ProcessGroupReducer(Reducer):
@@ -24,7 +23,7 @@ class ProcessGroupReducer(Reducer):
     Args:
         group: used by nothing else, so that the order of collectives is that of the rounds on every rank.
         device: where the tensors are.
-        check: called now and then while waiting; raises to break off.
+        check: called again and again while waiting; raises to break off.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, check: Callable[[], None]) -> None:
@@ -46,12 +45,9 @@ class ProcessGroupReducer(Reducer):
         return all(work.is_completed() for work in self._works)
 
     def wait(self) -> None:
-        checked = time.monotonic()
         while not self.done():
             time.sleep(_POLL_S)
-            if time.monotonic() - checked > _CHECK_S:
-                self._check()
-                checked = time.monotonic()
+            self._check()
         for work in self._works:
             work.wait()  # raises what has gone wrong; on CUDA, orders the streams
         self._works = []

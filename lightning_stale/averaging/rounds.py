@@ -76,7 +76,7 @@ class Rounds:
         self._world_size = world_size
         self._interval = interval
         self._merge = merge
-        self._flushing = torch.zeros(1, dtype=torch.int64, device=self._flats[0].weights.device)
+        self._counts = torch.zeros(2, dtype=torch.int64, device=self._flats[0].weights.device)  # flushing ranks, steps
         self._in_flight = False
         self._launched_at = 0.0
         self._steps = 0  # of this round
@@ -89,6 +89,8 @@ class Rounds:
                 for parameter, view in zip(flat.parameters, flat.views(flat.weights), strict=True)
             }
             self.outer = outer([self._global[id(parameter)] for parameter in parameters])
+            if not isinstance(self.outer, Optimizer):
+                raise TypeError(f"outer_optimizer returned {self.outer!r}: write what returns a torch.optim.Optimizer")
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -99,7 +101,8 @@ class Rounds:
             if self._interval == "auto" or self._steps >= self._interval:
                 self._launch(self._take_change(merge=False))  # nothing has arrived to merge with
         elif self._reducer.done() if self._interval == "auto" else self._steps >= self._interval:
-            self._arrive()
+            self._wait()
+            self._apply()
             self._launch(self._take_change(merge=True))
 
     @torch.no_grad()
@@ -107,15 +110,20 @@ class Rounds:
         """Have every change of every rank in the global weights, and these in the replica, on all ranks.
 
         Ranks come here in different rounds. Every sum carries how many ranks are flushing; one that flushes goes on
-        taking part, with a zero change once it has sent what it had, until a round in which all are.
+        taking part, with a zero change once it has sent what it had, until a round in which all are. A sum to which
+        nobody has brought a step is no round: the momentum of an outer optimizer would move the weights.
         """
         if self._in_flight:
-            self._arrive()
+            self._wait()
+            self._apply()
         left = self._take_change(merge=False)
         while True:
             self._launch(left, flushing=True)
-            self._arrive()
-            if int(self._flushing) == self._world_size:
+            self._wait()
+            flushing, steps = self._counts.tolist()
+            if steps > 0:
+                self._apply()
+            if flushing == self._world_size:
                 break
             left = [torch.zeros_like(change) for change in left]
         for flat in self._flats:
@@ -132,26 +140,28 @@ class Rounds:
                 now = self._merge(flat.weights, changes[-1])
                 flat.write(now)
             flat.launched.copy_(now)
-        self._steps = 0
         return changes
 
     def _launch(self, changes: Sequence[Tensor], flushing: bool = False) -> None:
         for flat, change in zip(self._flats, changes, strict=True):
             flat.change = change
-        self._flushing.fill_(int(flushing))
-        self._reducer.launch([*(flat.change for flat in self._flats), self._flushing])
+        self._counts.copy_(torch.tensor([int(flushing), self._steps]))
+        self._steps = 0
+        self._reducer.launch([*(flat.change for flat in self._flats), self._counts])
         self._launched_at = time.perf_counter()
         self._in_flight = True
 
-    def _arrive(self) -> None:
-        """Take the mean of the last changes into the global weights."""
+    def _wait(self) -> None:
         started = time.perf_counter()
         self._reducer.wait()
         now = time.perf_counter()
         self.statistics.wait_s += now - started
         self.statistics.exchange_s += now - self._launched_at
-        self.statistics.rounds += 1
         self._in_flight = False
+
+    def _apply(self) -> None:
+        """Take the mean of the changes that have arrived into the global weights."""
+        self.statistics.rounds += 1
         for flat in self._flats:
             flat.change.div_(self._world_size)
         if self.outer is None:

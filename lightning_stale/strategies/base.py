@@ -76,6 +76,9 @@ class StaleStrategy(DDPStrategy):
     def meet(self, place: str) -> None:
         """Wait until all workers are at ``place``, and have the same weights on all of them."""
 
+    def after_batch(self) -> None:
+        """Called after each training batch, outside of the user's ``training_step``."""
+
     @abstractmethod
     def report(self, exception: BaseException) -> None:
         """Tell the other workers that this one fails with ``exception``."""

@@ -61,7 +61,7 @@ class HPSGDStrategy(PeerStrategy):
         super().__init__(**kwargs)
         if interval != "auto" and (isinstance(interval, bool) or not isinstance(interval, int) or interval < 1):
             raise ValueError(f"interval={interval!r}: write 'auto' or a number of steps >= 1, e.g. interval=4")
-        if merge not in MERGES:
+        if merge not in list(MERGES):  # also what cannot be hashed
             raise ValueError(f"merge={merge!r} is unknown: write one of {', '.join(map(repr, MERGES))}")
         if outer_optimizer is not None and not callable(outer_optimizer):
             raise TypeError(
@@ -70,10 +70,13 @@ class HPSGDStrategy(PeerStrategy):
             )
         self.interval, self.merge, self.outer_optimizer = interval, merge, outer_optimizer
         self._rounds: Rounds | None = None
+        self._group: dist.ProcessGroup | None = None
         self._resumed: Mapping[str, Any] | None = None
-        self._ended: dict[str, Any] | None = None  # the outer optimizer when fit had ended
+        self._ended: dict[str, Any] | None = None  # the outer optimizer when fit had ended, or failed
         self._training_since: float | None = None
         self._compute_s = 0.0
+        self._stepped = False  # in this batch
+        self._held = 0  # parameters, when fit started
         self._summary: dict[str, Any] = {"paradigm": repr(self), "updates": 0, "workers": []}
 
     def summary(self) -> dict[str, Any]:
@@ -81,8 +84,8 @@ class HPSGDStrategy(PeerStrategy):
 
         Returns:
             ``{"paradigm": str, "updates": int, "workers": [...]}``; ``updates`` are rounds. A dict per worker:
-            ``rank``, ``steps``, ``rounds``, ``steps_per_round``, ``hidden`` (the share of the exchange in which the
-            worker trained, 0..1), ``wait_s`` and ``compute_s`` (seconds).
+            ``rank``, ``steps`` (batches in which an optimizer stepped), ``rounds``, ``steps_per_round``, ``hidden``
+            (the share of the exchange in which the worker trained, 0..1), ``wait_s`` and ``compute_s`` (seconds).
         """
         return self._summary
 
@@ -91,11 +94,13 @@ class HPSGDStrategy(PeerStrategy):
     def on_train_start(self) -> None:
         """Begin the first round from weights that are the same on all workers."""
         super().on_train_start()
-        others = [rank for rank in range(self.world_size) if rank != self.global_rank]
-        health = self._start_health()
-        reducer = ProcessGroupReducer(dist.new_group(), self.root_device, lambda: health.check(others))
+        self._start_health()
+        self._group = dist.new_group()
+        reducer = ProcessGroupReducer(self._group, self.root_device, self._check_peers)
+        parameters = unique_parameters(self.optimizers)
+        self._held = len(parameters)
         self._rounds = Rounds(
-            unique_parameters(self.optimizers),
+            parameters,
             reducer,
             self.world_size,
             self.interval,
@@ -112,11 +117,16 @@ class HPSGDStrategy(PeerStrategy):
             self._training_since = time.monotonic()
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        """Take the local step, and end the round if it is time."""
-        result = super().optimizer_step(optimizer, closure, model, **kwargs)
-        if self._rounds is not None:
-            self._rounds.after_step()
-        return result
+        """Take the local step."""
+        self._stepped = True
+        return super().optimizer_step(optimizer, closure, model, **kwargs)
+
+    def after_batch(self) -> None:
+        """End the round if it is time; not earlier: manual optimization may hold a graph over the weights."""
+        if self._rounds is not None and self._stepped:
+            self._guard(self._rounds.after_step)
+        self._stepped = False
+        self._guard(self._check_peers)
 
     def meet(self, place: str) -> None:
         if self._rounds is None:
@@ -124,23 +134,22 @@ class HPSGDStrategy(PeerStrategy):
         if self._training_since is not None:
             self._compute_s += time.monotonic() - self._training_since
             self._training_since = None
-        self._guard(self._rounds.flush)
-        self._agree_on_place(place)
+        parameters = unique_parameters(self.optimizers)
+        if len(parameters) != self._held:
+            raise MisconfigurationException(
+                f"{', '.join(type(optimizer).__name__ for optimizer in self.optimizers)} had {self._held} parameters "
+                f"when fit started and has {len(parameters)} now, which would not be averaged: give it all parameters "
+                "in configure_optimizers and freeze them with requires_grad=False until they are to learn"
+            )
+        self._come_to(place)
+        self._guard(self._flush)
+
+    def _flush(self) -> None:
+        assert self._rounds is not None
+        self._rounds.flush()
+        self._await_others()
         self._agree_on_buffers()
         self._note_summary()
-
-    def _agree_on_place(self, place: str) -> None:
-        assert self.lightning_module is not None
-        mine = f"{place} (step {self.lightning_module.trainer.global_step})"
-        places: list[str] = [""] * self.world_size
-        dist.all_gather_object(places, mine)
-        if len({text.split(" (")[0] for text in places}) > 1:
-            described = "; ".join(f"rank {rank} is at {text}" for rank, text in enumerate(places))
-            raise MisconfigurationException(
-                f"the workers met at different places: {described}. Validation and checkpoints within an epoch need "
-                "the same number of batches on every rank: validate and save at the end of an epoch "
-                "(val_check_interval=1.0, every_n_train_steps=None), or write Trainer(limit_train_batches=...)"
-            )
 
     def _note_summary(self) -> None:
         assert self._rounds is not None
@@ -189,14 +198,19 @@ class HPSGDStrategy(PeerStrategy):
     def on_train_end(self) -> None:
         """Forget the rounds; the model holds the global weights."""
         super().on_train_end()
-        if self._rounds is not None:
-            self._ended = self._outer_state()
-            self._rounds = None
+        self._end_rounds()
+        dist.destroy_process_group(self._group)  # not after a failure: it would wait for the sum in flight
+        self._group = None
 
     def teardown(self) -> None:
         """Stop what is left."""
-        self._rounds = None
+        self._end_rounds()
         super().teardown()
+
+    def _end_rounds(self) -> None:
+        if self._rounds is not None:
+            self._ended = self._outer_state()
+            self._rounds = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(interval={self.interval!r}, merge={self.merge!r})"
