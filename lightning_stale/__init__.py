@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 
 if "lightning_stale_server" not in sys._xoptions:  # the server process needs torch, and not all of lightning
     from lightning_stale.callbacks import StalenessMonitor, StragglerInjection
-    from lightning_stale.strategies import DSPStrategy, StaleSyncStrategy, register_strategies
+    from lightning_stale.strategies import DSPStrategy, HPSGDStrategy, StaleSyncStrategy, register_strategies
     from lightning_stale.strategies.twin import refuse_twin
 
     register_strategies()
@@ -36,4 +36,14 @@ else:
         return getattr(strategies if hasattr(strategies, name) else callbacks, name)
 
 
-__all__ = ["ASP", "BSP", "DSSP", "SSP", "DSPStrategy", "StaleSyncStrategy", "StalenessMonitor", "StragglerInjection"]
+__all__ = [
+    "ASP",
+    "BSP",
+    "DSSP",
+    "SSP",
+    "DSPStrategy",
+    "HPSGDStrategy",
+    "StaleSyncStrategy",
+    "StalenessMonitor",
+    "StragglerInjection",
+]

@@ -4,7 +4,7 @@ Every worker is slowed down at random (by StragglerInjection), as by a busy neig
 for the slowest worker at every batch; SSP and DSSP let the others go on, within bounds. The data set is scikit-learn's,
 and needs no download.
 
-    python recipes/digits.py [--epochs 12] [--strategies ddp bsp ssp dssp asp] [--seed 1] [--out outputs]
+    python recipes/digits.py [--epochs 12] [--strategies ddp bsp ssp dssp asp hpsgd] [--seed 1] [--out outputs]
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_stale import StaleSyncStrategy, StragglerInjection
+from lightning_stale import HPSGDStrategy, StaleSyncStrategy, StragglerInjection
 
 WORKERS = 4
 BATCH = 16  # per worker
@@ -150,17 +150,18 @@ def train(name: str, epochs: int, seed: int, progress: Progress | None) -> dict[
         "accuracy": test,
         "curve": stopwatch.curve,
     }
-    if isinstance(trainer.strategy, StaleSyncStrategy):
+    row |= {"mean_lead": 0.0, "max_lead": 0, "mean_staleness": 0.0}
+    if isinstance(trainer.strategy, (StaleSyncStrategy, HPSGDStrategy)):
         workers = trainer.strategy.summary()["workers"]
         wait_s, compute_s = (sum(worker[key] for worker in workers) for key in ("wait_s", "compute_s"))
-        return row | {
-            "waiting": wait_s / (wait_s + compute_s),
-            "mean_lead": sum(worker["mean_lead"] for worker in workers) / len(workers),
-            "max_lead": max(worker["max_lead"] for worker in workers),
-            "mean_staleness": sum(worker["mean_staleness"] for worker in workers) / len(workers),
-        }
+        row["waiting"] = wait_s / (wait_s + compute_s)
+        if isinstance(trainer.strategy, StaleSyncStrategy):  # HPSGD's workers have no lead, but rounds
+            row["mean_lead"] = sum(worker["mean_lead"] for worker in workers) / len(workers)
+            row["max_lead"] = max(worker["max_lead"] for worker in workers)
+            row["mean_staleness"] = sum(worker["mean_staleness"] for worker in workers) / len(workers)
+        return row
     waits = trainer.strategy.all_gather(torch.tensor(stopwatch.wait_s))
-    return row | {"waiting": float(waits.mean()) / seconds, "mean_lead": 0.0, "max_lead": 0, "mean_staleness": 0.0}
+    return row | {"waiting": float(waits.mean()) / seconds}
 
 
 def make_table(rows: list[dict[str, Any]]) -> Table:

@@ -47,8 +47,9 @@ class StalenessMonitor(Callback):
         """Check that there is something to show."""
         if not isinstance(trainer.strategy, StaleSyncStrategy):
             raise MisconfigurationException(
-                f"StalenessMonitor shows the strategies of lightning_stale, and this one is "
-                f"{type(trainer.strategy).__name__}: write Trainer(strategy='dssp'), or leave the monitor out"
+                f"StalenessMonitor shows lead and staleness, and {type(trainer.strategy).__name__} has neither: write "
+                "Trainer(strategy='dssp'), or leave the monitor out; trainer.strategy.summary() shows what there is "
+                "for HPSGDStrategy"
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_stale.failures import RunFailedError
 from lightning_stale.parameter_server import memory, wire
 from lightning_stale.parameter_server.layout import Layout
 from lightning_stale.parameter_server.options import Options
@@ -26,15 +27,6 @@ _POLL_MS = 200
 
 class ServerLostError(ConnectionError):
     """The parameter server has ended."""
-
-
-class RunFailedError(RuntimeError):
-    """The run has ended because of another worker, or of the server."""
-
-    def __init__(self, kind: str, text: str) -> None:
-        super().__init__(text)
-        self.kind = kind
-        """``"error"``, ``"interrupt"`` (Ctrl-C) or ``"sigterm"``."""
 
 
 @dataclass(frozen=True)

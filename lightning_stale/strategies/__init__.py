@@ -6,6 +6,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_stale.paradigms import PARADIGMS
 from lightning_stale.strategies.dsp import DSPStrategy
+from lightning_stale.strategies.hpsgd import HPSGDStrategy
 from lightning_stale.strategies.stale_sync import StaleSyncStrategy
 
 
@@ -14,8 +15,9 @@ def register_strategies() -> None:
     for name, paradigm in PARADIGMS.items():
         summary = (paradigm.__doc__ or "").splitlines()[0]
         StrategyRegistry.register(name, StaleSyncStrategy, description=summary, override=True, paradigm=name)
-    summary = (DSPStrategy.__doc__ or "").splitlines()[0]
-    StrategyRegistry.register("dsp", DSPStrategy, description=summary, override=True)
+    for name, strategy in (("dsp", DSPStrategy), ("hpsgd", HPSGDStrategy)):
+        summary = (strategy.__doc__ or "").splitlines()[0]
+        StrategyRegistry.register(name, strategy, description=summary, override=True)
 
 
-__all__ = ["DSPStrategy", "StaleSyncStrategy", "register_strategies"]
+__all__ = ["DSPStrategy", "HPSGDStrategy", "StaleSyncStrategy", "register_strategies"]

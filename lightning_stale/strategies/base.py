@@ -15,9 +15,11 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_stale.failures import RunFailedError
 from lightning_stale.launchers import SummaryLauncher
 from lightning_stale.strategies import internals
 from lightning_stale.strategies.buffers import Versioned, agree_on_buffers, agree_on_changed
@@ -74,6 +76,9 @@ class StaleStrategy(DDPStrategy):
     @abstractmethod
     def meet(self, place: str) -> None:
         """Wait until all workers are at ``place``, and have the same weights on all of them."""
+
+    def after_batch(self) -> None:
+        """Called after each training batch, outside of the user's ``training_step``."""
 
     @abstractmethod
     def report(self, exception: BaseException) -> None:
@@ -139,6 +144,28 @@ class StaleStrategy(DDPStrategy):
         assert self.lightning_module is not None
         agree_on_buffers(self.lightning_module, self.world_size)
         agree_on_changed(self._untrained, self.world_size)
+
+    # --- failures ---------------------------------------------------------------------------------------------------
+
+    def _guard(self, call: Callable[[], _T]) -> _T:
+        """Run ``call``, which may wait; a signal that another rank has received ends this one likewise."""
+        try:
+            return call()
+        except RunFailedError as error:
+            if error.kind == "sigterm":
+                internals.note_sigterm(self._require_trainer())
+                raise SIGTERMException from error
+            if error.kind == "interrupt":
+                raise KeyboardInterrupt from error
+            raise
+
+    def _check_signals(self) -> None:
+        if self._require_trainer().received_sigterm:
+            raise SIGTERMException
+
+    def _require_trainer(self) -> Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
 
     # --- collectives ------------------------------------------------------------------------------------------------
 

@@ -87,6 +87,13 @@ def note_sigterm(trainer: Trainer) -> None:
     trainer._signal_connector.received_sigterm = True
 
 
+def is_lost_connection(exception: BaseException) -> bool:
+    """Whether a collective has failed, mostly because another rank is gone; gloo raises a plain ``RuntimeError``."""
+    return isinstance(exception, torch.distributed.DistError) or (
+        isinstance(exception, RuntimeError) and "gloo/" in str(exception)
+    )
+
+
 def validates_by_time(trainer: Trainer) -> bool:
     """Whether ``val_check_interval`` is a time."""
     return trainer._val_check_time_interval is not None  # type: ignore[attr-defined]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -15,11 +15,18 @@ if TYPE_CHECKING:
 class MeetingPoints(Callback):
     """Calls the strategy before every other callback and hook; a strategy's own hooks would run after them.
 
+    After each batch too, where its strategy has none.
+
     Checkpoints are a meeting point too, in ``StaleStrategy.lightning_module_state_dict``.
     """
 
     def __init__(self, strategy: StaleStrategy) -> None:
         self._strategy = strategy
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._strategy.after_batch()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import traceback
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
+from lightning_stale.failures import RunFailedError, describe
 from lightning_stale.paradigms import Paradigm, as_paradigm
 from lightning_stale.parameter_server import memory
 from lightning_stale.parameter_server.client import (
@@ -21,7 +20,6 @@ from lightning_stale.parameter_server.client import (
     Endpoint,
     ParameterClient,
     Release,
-    RunFailedError,
     ServerLostError,
     Transport,
 )
@@ -194,14 +192,8 @@ class StaleSyncStrategy(StaleStrategy):
         client = self._client
         if client is None or client.failure is not None or isinstance(exception, ServerLostError):
             return  # nobody to tell, or told by the server
-        if isinstance(exception, KeyboardInterrupt):
-            client.abort("interrupt", "was interrupted")
-        elif isinstance(exception, SIGTERMException):
-            client.abort("sigterm", "received SIGTERM")
-        else:
-            lines = "".join(traceback.format_exception(exception))
-            cause = client.abort("error", f"raised {type(exception).__name__}; its traceback:\n{lines}")
-            exception.__cause__ = exception.__cause__ or cause
+        cause = client.abort(*describe(exception))
+        exception.__cause__ = exception.__cause__ or cause
 
     def _before_collective(self, name: str, group: Any | None = None) -> None:
         """Meet at the server first: it tells workers that are at different places, or one of which has failed.
@@ -310,22 +302,6 @@ class StaleSyncStrategy(StaleStrategy):
             rank_zero_warn(warning)
         return folder
 
-    def _guard(self, call: Callable[[], _T]) -> _T:
-        """Run ``call``, which may wait; a signal that another rank has received ends this one likewise."""
-        try:
-            return call()
-        except RunFailedError as error:
-            if error.kind == "sigterm":
-                internals.note_sigterm(self._require_trainer())
-                raise SIGTERMException from error
-            if error.kind == "interrupt":
-                raise KeyboardInterrupt from error
-            raise
-
-    def _check_signals(self) -> None:
-        if self._require_trainer().received_sigterm:
-            raise SIGTERMException
-
     def _release_model(self) -> None:
         if self._exchange is not None:
             self._exchange.release()
@@ -334,10 +310,6 @@ class StaleSyncStrategy(StaleStrategy):
     def _require_client(self) -> ParameterClient:
         assert self._client is not None
         return self._client
-
-    def _require_trainer(self) -> Trainer:
-        assert self.lightning_module is not None
-        return self.lightning_module.trainer
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(paradigm={self.paradigm!r}, transport={self.transport!r})"

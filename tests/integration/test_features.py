@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from lightning_stale import SSP, StalenessMonitor, StaleSyncStrategy
+from lightning_stale import SSP, HPSGDStrategy, StalenessMonitor, StaleSyncStrategy
 from tests.integration.harness import run_script, run_workers
 from tests.integration.models import Regression, assert_equal, assert_same, loader, regression_data, trainer, weights
 
@@ -305,16 +305,17 @@ class Statistics(L.Callback):
             self.at_validation.append(pl_module.net[1].running_mean.clone())
 
 
-def fit_batch_norm(rank: int, folder: Path) -> dict[str, Any]:
+def fit_batch_norm(rank: int, strategy: str, folder: Path) -> dict[str, Any]:
     statistics, model = Statistics(), Awkward()
     checkpoint = ModelCheckpoint(folder, save_last=True)
-    t = trainer(2, "ssp", max_epochs=2, callbacks=[statistics, checkpoint], enable_checkpointing=True)
+    t = trainer(2, strategy, max_epochs=2, callbacks=[statistics, checkpoint], enable_checkpointing=True)
     t.fit(model, loader(samples=2 * 8 * BATCHES), loader(samples=32))
     return {"before": statistics.before, "at_validation": statistics.at_validation, "weights": weights(model)}
 
 
-def test_running_statistics_are_averaged_before_validation_and_checkpoints(tmp_path: Path) -> None:
-    first, second = run_workers(fit_batch_norm, 2, tmp_path, tmp_path)
+@pytest.mark.parametrize("strategy", ["ssp", "hpsgd"])
+def test_running_statistics_are_averaged_before_validation_and_checkpoints(strategy: str, tmp_path: Path) -> None:
+    first, second = run_workers(fit_batch_norm, 2, tmp_path, strategy, tmp_path)
     for epoch in range(2):
         assert not torch.equal(first["before"][epoch], second["before"][epoch])
         mean = (first["before"][epoch] + second["before"][epoch]) / 2
@@ -363,12 +364,13 @@ def live(rank: int, world_size: int, strategies: list[Any], folder: Path) -> lis
 def lead_a_life(world_size: int, strategy: Any, folder: Path) -> dict[str, Any]:
     """Fit with what a project has, validate, test and predict, and fit again."""
     top = ModelCheckpoint(folder / "top", monitor="val_error", save_top_k=2, filename="{epoch}-{step}")
+    stale = strategy != "auto" and not isinstance(strategy, HPSGDStrategy)
     callbacks = [top, EarlyStopping("val_error", min_delta=0.05, patience=1), RichProgressBar()]
     t = trainer(
         world_size,
         strategy,
         max_epochs=6,
-        callbacks=callbacks if strategy == "auto" else [*callbacks, StalenessMonitor()],
+        callbacks=[*callbacks, StalenessMonitor()] if stale else callbacks,
         logger=[CSVLogger(folder, name="csv", version=0), TensorBoardLogger(folder, name="board", version=0)],
         enable_checkpointing=True,
         enable_progress_bar=True,
@@ -386,6 +388,7 @@ def lead_a_life(world_size: int, strategy: Any, folder: Path) -> dict[str, Any]:
         "epochs": t.current_epoch,
         "steps": t.global_step,
         "best": {Path(path).name: float(score) for path, score in top.best_k_models.items()},
+        "files": sorted(path.name for path in (folder / "top").glob("*.ckpt")),
         "metrics": {name: value for name, value in t.callback_metrics.items() if name not in MONITORED},
         "weights": weights(model),
         "summary": t.strategy.summary() if strategy != "auto" else {},

@@ -1,0 +1,174 @@
+"""Rounds: training goes on while the average of the last changes is on its way (HPSGD, arXiv 2009.02701)."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_stale.averaging.merge import Merge
+from lightning_stale.averaging.replica import flatten
+
+Interval = int | Literal["auto"]
+
+
+class Reducer(ABC):
+    """Sums tensors over the ranks while the caller goes on."""
+
+    @abstractmethod
+    def launch(self, tensors: Sequence[Tensor]) -> None:
+        """Begin to sum each of ``tensors`` over the ranks, in place."""
+
+    @abstractmethod
+    def done(self) -> bool:
+        """Whether all sums of the last launch are there."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Wait until they are."""
+
+
+@dataclass
+class RoundStatistics:
+    """What is counted on one rank; times in seconds."""
+
+    rounds: int = 0
+    steps: int = 0
+    exchange_s: float = 0.0
+    wait_s: float = 0.0
+
+
+class Rounds:
+    """The rounds of one rank.
+
+    Round 0 takes one step (``"auto"``) or ``interval`` steps, and launches the sum of ``D_0``. A later round ``k`` ends
+    when the sum of ``D_{k-1}`` is there (``"auto"``), or after ``interval`` steps, when it waits for it. Then, with the
+    replica ``x``::
+
+        D_k = (x at launch) - x;   W_k = outer(W_{k-1}, mean D_{k-1});   x = merge(W_k, D_k);   launch the sum of D_k
+
+    Args:
+        parameters: the model's, which the inner optimizer changes: the replica.
+        reducer: sums over the ranks.
+        world_size: the number of ranks, ``N``.
+        interval: ``"auto"`` or steps per round.
+        merge: what the replica becomes.
+        outer: makes the optimizer of the global weights from their list; ``None``: plain subtraction.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        reducer: Reducer,
+        world_size: int,
+        interval: Interval,
+        merge: Merge,
+        outer: Callable[[list[torch.nn.Parameter]], Optimizer] | None = None,
+    ) -> None:
+        self._flats = flatten(parameters)
+        self._reducer = reducer
+        self._world_size = world_size
+        self._interval = interval
+        self._merge = merge
+        self._counts = torch.zeros(2, dtype=torch.int64, device=self._flats[0].weights.device)  # flushing ranks, steps
+        self._in_flight = False
+        self._launched_at = 0.0
+        self._steps = 0  # of this round
+        self.statistics = RoundStatistics()
+        self.outer: Optimizer | None = None
+        if outer is not None:
+            self._global = {
+                id(parameter): torch.nn.Parameter(view)
+                for flat in self._flats
+                for parameter, view in zip(flat.parameters, flat.views(flat.weights), strict=True)
+            }
+            self.outer = outer([self._global[id(parameter)] for parameter in parameters])
+            if not isinstance(self.outer, Optimizer):
+                raise TypeError(f"outer_optimizer returned {self.outer!r}: write what returns a torch.optim.Optimizer")
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Call after every step of the inner optimizer."""
+        self._steps += 1
+        self.statistics.steps += 1
+        if not self._in_flight:  # round 0
+            if self._interval == "auto" or self._steps >= self._interval:
+                self._launch(self._take_change(merge=False))  # nothing has arrived to merge with
+        elif self._reducer.done() if self._interval == "auto" else self._steps >= self._interval:
+            self._wait()
+            self._apply()
+            self._launch(self._take_change(merge=True))
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Have every change of every rank in the global weights, and these in the replica, on all ranks.
+
+        Ranks come here in different rounds. Every sum carries how many ranks are flushing; one that flushes goes on
+        taking part, with a zero change once it has sent what it had, until a round in which all are. A sum to which
+        nobody has brought a step is no round: the momentum of an outer optimizer would move the weights.
+        """
+        if self._in_flight:
+            self._wait()
+            self._apply()
+        left = self._take_change(merge=False)
+        while True:
+            self._launch(left, flushing=True)
+            self._wait()
+            flushing, steps = self._counts.tolist()
+            if steps > 0:
+                self._apply()
+            if flushing == self._world_size:
+                break
+            left = [torch.zeros_like(change) for change in left]
+        for flat in self._flats:
+            flat.write(flat.weights)
+            flat.launched.copy_(flat.weights)
+
+    def _take_change(self, merge: bool) -> list[Tensor]:
+        """Return ``D_k``; the replica goes on from the merged weights, or from where it is."""
+        changes = []
+        for flat in self._flats:
+            now = flat.read()
+            changes.append(flat.launched - now)
+            if merge:
+                now = self._merge(flat.weights, changes[-1])
+                flat.write(now)
+            flat.launched.copy_(now)
+        return changes
+
+    def _launch(self, changes: Sequence[Tensor], flushing: bool = False) -> None:
+        for flat, change in zip(self._flats, changes, strict=True):
+            flat.change = change
+        self._counts.copy_(torch.tensor([int(flushing), self._steps]))
+        self._steps = 0
+        self._reducer.launch([*(flat.change for flat in self._flats), self._counts])
+        self._launched_at = time.perf_counter()
+        self._in_flight = True
+
+    def _wait(self) -> None:
+        started = time.perf_counter()
+        self._reducer.wait()
+        now = time.perf_counter()
+        self.statistics.wait_s += now - started
+        self.statistics.exchange_s += now - self._launched_at
+        self._in_flight = False
+
+    def _apply(self) -> None:
+        """Take the mean of the changes that have arrived into the global weights."""
+        self.statistics.rounds += 1
+        for flat in self._flats:
+            flat.change.div_(self._world_size)
+        if self.outer is None:
+            for flat in self._flats:
+                flat.weights.sub_(flat.change)
+            return
+        for flat in self._flats:
+            for parameter, gradient in zip(flat.parameters, flat.views(flat.change), strict=True):
+                self._global[id(parameter)].grad = gradient
+        self.outer.step()

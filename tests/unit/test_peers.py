@@ -1,0 +1,94 @@
+"""What a rank raises when a collective breaks because of another one; no processes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lightning_stale import HPSGDStrategy
+from lightning_stale.failures import FailureKind, RunFailedError
+
+BROKEN = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:4711"
+
+
+class Health:
+    """Knows why another rank has ended, and notes what it is told."""
+
+    def __init__(self, failure: RunFailedError | None) -> None:
+        self._failure = failure
+        self.told: list[tuple[str, str]] = []
+
+    def blame(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def failure(self) -> RunFailedError | None:
+        return self._failure
+
+    def fail(self, kind: str, text: str) -> None:
+        self.told.append((kind, text))
+
+
+def make(failure: RunFailedError | None) -> tuple[Any, Health]:
+    strategy: Any = HPSGDStrategy()
+    health = strategy._health = Health(failure)
+    trainer = SimpleNamespace(_signal_connector=SimpleNamespace(received_sigterm=False))
+    strategy._lightning_module = SimpleNamespace(trainer=trainer)
+    return strategy, health
+
+
+def broken() -> None:
+    raise RuntimeError(BROKEN)
+
+
+@pytest.mark.parametrize(
+    ("kind", "raised"),
+    [("error", RunFailedError), ("sigterm", SIGTERMException), ("interrupt", KeyboardInterrupt)],
+)
+def test_a_broken_connection_raises_what_happened_on_the_other_rank(
+    kind: FailureKind, raised: type[BaseException]
+) -> None:
+    failure = RunFailedError(kind, "rank 1 has ended")
+    strategy, _ = make(failure)
+    with pytest.raises(raised) as caught:
+        strategy._guard(broken)
+    assert failure in (caught.value, caught.value.__cause__)
+    assert strategy.lightning_module.trainer._signal_connector.received_sigterm == (kind == "sigterm")
+
+
+def test_a_broken_connection_that_nobody_is_to_blame_for_is_shown_as_it_is() -> None:
+    strategy, _ = make(None)
+    with pytest.raises(RuntimeError, match="Connection closed by peer"):
+        strategy._guard(broken)
+
+
+def test_other_errors_pass_without_a_question() -> None:
+    strategy, _ = make(RunFailedError("error", "rank 1 has ended"))
+
+    def faulty() -> None:
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        strategy._guard(faulty)
+
+
+def test_a_collective_of_lightnings_that_breaks_is_reported_with_its_cause() -> None:
+    failure = RunFailedError("error", "rank 1 has ended")
+    strategy, health = make(failure)
+    error = RuntimeError(BROKEN)
+    strategy.report(error)
+    assert error.__cause__ is failure
+    assert health.told == []
+
+
+def test_an_error_of_this_rank_is_told_to_the_others() -> None:
+    strategy, health = make(None)
+    strategy._local_rank = 0
+    strategy.report(ValueError("a fault"))
+    ((kind, text),) = health.told
+    assert kind == "error"
+    assert text.startswith("rank 0 raised ValueError")
+    assert "a fault" in text
