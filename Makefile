@@ -19,6 +19,7 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/exchange.py
 	$(BIN)/python benchmarks/workers.py
 	$(BIN)/python benchmarks/pipeline.py
+	$(BIN)/python benchmarks/overlap.py
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
