@@ -11,18 +11,17 @@ parallel on two cores; messages, copies, threads and Lightning are real). The li
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import random
 import socket
 import time
-import warnings
 from typing import Any
 
 import lightning as L
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from emulated import quiet
 from report import Row, report
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
@@ -137,9 +136,7 @@ CASES = {
 
 
 def _rank(rank: int, port: int, repetitions: int, batches: int, results: Any) -> None:
-    warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet()
     torch.set_num_threads(1)
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(STAGES), "OMP_NUM_THREADS": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

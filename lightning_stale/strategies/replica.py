@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import traceback
 import uuid
 from typing import Any, TypeVar
 
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
+from lightning_stale.failures import describe
 from lightning_stale.pipeline.health import Health, StageFailedError
 from lightning_stale.pipeline.ownership import gather_everywhere
 from lightning_stale.strategies import internals
@@ -89,17 +88,6 @@ class SingleReplicaStrategy(StaleStrategy):
         first = self._health.failure
         if first is not None:
             exception.__cause__ = exception.__cause__ or first
-        elif isinstance(exception, KeyboardInterrupt):
-            self._health.fail("interrupt", f"rank {self.global_rank} was interrupted")
-        elif isinstance(exception, SIGTERMException):
-            self._health.fail("sigterm", f"rank {self.global_rank} received SIGTERM")
-        else:
-            lines = "".join(traceback.format_exception(exception))
-            self._health.fail(
-                "error", f"rank {self.global_rank} raised {type(exception).__name__}; its traceback:\n{lines}"
-            )
-
-    def _check_signals(self) -> None:
-        assert self.lightning_module is not None
-        if self.lightning_module.trainer.received_sigterm:
-            raise SIGTERMException
+            return
+        kind, text = describe(exception)
+        self._health.fail(kind, f"rank {self.global_rank} {text}")
