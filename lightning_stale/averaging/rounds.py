@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_stale.averaging.merge import Merge
-from lightning_stale.averaging.replica import flatten
+from lightning_stale.averaging.merge import Merge, hpsgd
+from lightning_stale.averaging.replica import by_type
 
 Interval = int | Literal["auto"]
 
@@ -71,24 +71,24 @@ class Rounds:
         merge: Merge,
         outer: Callable[[list[torch.nn.Parameter]], Optimizer] | None = None,
     ) -> None:
-        self._flats = flatten(parameters)
+        self._replicas = by_type(parameters)
         self._reducer = reducer
         self._world_size = world_size
         self._interval = interval
         self._merge = merge
-        self._counts = torch.zeros(2, dtype=torch.int64, device=self._flats[0].weights.device)  # flushing ranks, steps
+        self._counts = torch.zeros(2, dtype=torch.int64, device=parameters[0].device)  # flushing ranks, steps
         self._in_flight = False
         self._launched_at = 0.0
         self._steps = 0  # of this round
         self.statistics = RoundStatistics()
         self.outer: Optimizer | None = None
         if outer is not None:
-            self._global = {
-                id(parameter): torch.nn.Parameter(view)
-                for flat in self._flats
-                for parameter, view in zip(flat.parameters, flat.views(flat.weights), strict=True)
+            self._global = [[torch.nn.Parameter(part) for part in replica.weights.parts] for replica in self._replicas]
+            of_type = {
+                replica.weights.flat.dtype: iter(made)
+                for replica, made in zip(self._replicas, self._global, strict=True)
             }
-            self.outer = outer([self._global[id(parameter)] for parameter in parameters])
+            self.outer = outer([next(of_type[parameter.dtype]) for parameter in parameters])
             if not isinstance(self.outer, Optimizer):
                 raise TypeError(f"outer_optimizer returned {self.outer!r}: write what returns a torch.optim.Optimizer")
 
@@ -99,11 +99,15 @@ class Rounds:
         self.statistics.steps += 1
         if not self._in_flight:  # round 0
             if self._interval == "auto" or self._steps >= self._interval:
-                self._launch(self._take_change(merge=False))  # nothing has arrived to merge with
+                self._take_changes()
+                self._go_on(None)  # nothing has arrived to merge with
+                self._launch()
         elif self._reducer.done() if self._interval == "auto" else self._steps >= self._interval:
             self._wait()
             self._apply()
-            self._launch(self._take_change(merge=True))
+            self._take_changes()
+            self._go_on(self._merge)
+            self._launch()
 
     @torch.no_grad()
     def flush(self) -> None:
@@ -116,38 +120,31 @@ class Rounds:
         if self._in_flight:
             self._wait()
             self._apply()
-        left = self._take_change(merge=False)
+        self._take_changes()
         while True:
-            self._launch(left, flushing=True)
+            self._launch(flushing=True)
             self._wait()
             flushing, steps = self._counts.tolist()
             if steps > 0:
                 self._apply()
             if flushing == self._world_size:
                 break
-            left = [torch.zeros_like(change) for change in left]
-        for flat in self._flats:
-            flat.write(flat.weights)
-            flat.launched.copy_(flat.weights)
+            for replica in self._replicas:
+                replica.change.flat.zero_()
+        self._go_on(hpsgd)
 
-    def _take_change(self, merge: bool) -> list[Tensor]:
-        """Return ``D_k``; the replica goes on from the merged weights, or from where it is."""
-        changes = []
-        for flat in self._flats:
-            now = flat.read()
-            changes.append(flat.launched - now)
-            if merge:
-                now = self._merge(flat.weights, changes[-1])
-                flat.write(now)
-            flat.launched.copy_(now)
-        return changes
+    def _take_changes(self) -> None:
+        for replica in self._replicas:
+            replica.take_change()
 
-    def _launch(self, changes: Sequence[Tensor], flushing: bool = False) -> None:
-        for flat, change in zip(self._flats, changes, strict=True):
-            flat.change = change
+    def _go_on(self, merge: Merge | None) -> None:
+        for replica in self._replicas:
+            replica.go_on(merge)
+
+    def _launch(self, flushing: bool = False) -> None:
         self._counts.copy_(torch.tensor([int(flushing), self._steps]))
         self._steps = 0
-        self._reducer.launch([*(flat.change for flat in self._flats), self._counts])
+        self._reducer.launch([*(replica.change.flat for replica in self._replicas), self._counts])
         self._launched_at = time.perf_counter()
         self._in_flight = True
 
@@ -162,13 +159,12 @@ class Rounds:
     def _apply(self) -> None:
         """Take the mean of the changes that have arrived into the global weights."""
         self.statistics.rounds += 1
-        for flat in self._flats:
-            flat.change.div_(self._world_size)
         if self.outer is None:
-            for flat in self._flats:
-                flat.weights.sub_(flat.change)
+            for replica in self._replicas:
+                replica.weights.flat.sub_(replica.change.flat, alpha=1 / self._world_size)
             return
-        for flat in self._flats:
-            for parameter, gradient in zip(flat.parameters, flat.views(flat.change), strict=True):
-                self._global[id(parameter)].grad = gradient
+        for replica, made in zip(self._replicas, self._global, strict=True):
+            replica.change.flat.div_(self._world_size)
+            for parameter, gradient in zip(made, replica.change.parts, strict=True):
+                parameter.grad = gradient
         self.outer.step()
