@@ -2,66 +2,85 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import queue
 import threading
 import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import PrefixStore, Store, Work
 
 from lightning_stale.failures import RunFailedError
 
-_BEAT_S = 1.0
-_LINGER_S = 3 * _BEAT_S
+_T = TypeVar("_T")
+_BEAT_S = 0.5
+_FAREWELL_S = 3.0
+_MAX_POLL_S = 0.05
 
 
 class Health:
     """Each rank lets the others know that it lives, and why it ends, through the rendezvous store.
 
+    Only a thread talks to the store: where rank 0, which holds it, hangs, the store gives no answer.
+
     Args:
-        store: of all ranks; used through connections of its own.
+        store: of all ranks; used through a connection of its own.
         prefix: of the keys of this run.
         rank: this one.
         world_size: the number of ranks.
         patience_s: a rank that has not been heard of for so long hangs or is dead.
+        check: called first by :meth:`check`; raises to break off.
     """
 
-    def __init__(self, store: Store, prefix: str, rank: int, world_size: int, patience_s: float) -> None:
-        self.store = PrefixStore(prefix, store.clone())  # type: ignore[attr-defined]
-        self._beats = PrefixStore(prefix, store.clone())  # type: ignore[attr-defined]
-        self._rank, self._world_size, self._patience_s = rank, world_size, patience_s
-        self._heard: dict[int, tuple[int, float]] = {}
+    def __init__(
+        self, store: Store, prefix: str, rank: int, world_size: int, patience_s: float, check: Callable[[], None]
+    ) -> None:
+        self._store = PrefixStore(prefix, store.clone())  # type: ignore[attr-defined]
+        self._rank, self._world_size, self._patience_s, self._check = rank, world_size, patience_s, check
+        self._heard = {other: (-1, time.monotonic()) for other in range(world_size) if other != rank}
+        self._answered = time.monotonic()
+        self._report: str | None = None
         self._failure: RunFailedError | None = None
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._lost, self._closing = False, False
+        self._questions: queue.Queue[tuple[Callable[[Store], Any], Future[Any]]] = queue.Queue()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
+
+    @property
+    def failure(self) -> RunFailedError | None:
+        """Why a rank has ended, if one has."""
+        return self._failure
 
     def fail(self, kind: str, text: str) -> None:
         """Tell all others why this rank ends, unless another one was first."""
-        if self.store.add("failures", 1) == 1:
-            self.store.set("failure", f"{kind}\n{text}")
+        self._report = f"{kind}\n{text}"
+        self._beat_now()
 
-    def failure(self) -> RunFailedError | None:
-        """Return why a rank has ended, if one has."""
-        if self._failure is None:
-            self._failure = self._read_failure(self.store)
-        return self._failure
+    def check(self, others: Sequence[int] | None = None, fresh: bool = False) -> None:
+        """Raise if a rank has failed, or one of ``others`` (all, if not given) is not heard of any more.
 
-    def check(self) -> None:
-        """Raise if a rank has failed, or is not heard of any more.
+        Args:
+            others: the ranks that are waited for.
+            fresh: ask the store now, and do not rely on what it said half a second ago.
 
         Raises:
             RunFailedError: says which, and why.
         """
-        try:
-            failure = self.failure()
-            silent = [rank for rank in range(self._world_size) if rank != self._rank and self._is_silent(rank)]
-        except RuntimeError as error:  # the store is rank 0's
-            raise RunFailedError("error", "rank 0 is gone: it was killed or has crashed") from error
-        if failure is not None:
-            raise failure
-        if silent:
-            text = f"rank {silent[0]} has not been heard of for {self._patience_s:.0f} s: it was killed, or hangs"
-            self.fail("error", text)
-            raise RunFailedError("error", text)
+        self._check()
+        if fresh:
+            self._beat_now()
+        if self._failure is not None:
+            raise self._failure
+        now = time.monotonic()
+        if self._lost or now - self._answered > self._patience_s:
+            raise RunFailedError("error", "rank 0, which all others meet at, is gone: it was killed, or hangs")
+        for rank, (_, heard) in self._heard.items():
+            if now - heard > self._patience_s and (others is None or rank in others):
+                text = f"rank {rank} has not been heard of for {self._patience_s:.0f} s: it was killed, or hangs"
+                self.fail("error", text)
+                raise RunFailedError("error", text)
 
     def blame(self) -> None:
         """After a connection has broken, find out whose.
@@ -69,46 +88,87 @@ class Health:
         Raises:
             RunFailedError: says which, and why; nothing is raised if all have been heard of.
         """
-        deadline = time.monotonic() + self._patience_s + 2 * _BEAT_S
+        deadline = time.monotonic() + self._patience_s + 4 * _BEAT_S
         while time.monotonic() < deadline:
-            self.check()
+            self.check(fresh=True)
             time.sleep(_BEAT_S / 10)
+
+    def wait(self, work: Work) -> None:
+        """Wait for a collective, as long as all ranks live.
+
+        Raises:
+            RunFailedError: as :meth:`check`.
+        """
+        pause = 1e-4
+        while not work.is_completed():
+            time.sleep(pause)
+            pause = min(2 * pause, _MAX_POLL_S)
+            self.check()
+        work.wait()
+
+    def ask(self, question: Callable[[Store], _T]) -> _T:
+        """Return what ``question`` finds in the store, as long as all ranks live.
+
+        Raises:
+            RunFailedError: as :meth:`check`.
+        """
+        answer = self._put(question)
+        while True:
+            try:
+                return answer.result(timeout=_MAX_POLL_S)
+            except concurrent.futures.TimeoutError:
+                self.check()
 
     def close(self) -> None:
-        """Stop the heartbeat; after a failure, when all have heard of it: the store may end with this rank."""
-        deadline = time.monotonic() + _LINGER_S
-        while not self._all_know() and time.monotonic() < deadline:
-            time.sleep(_BEAT_S / 10)
-        self._stop.set()
-        self._thread.join(timeout=2 * _BEAT_S)
+        """Stop the heartbeat; after a failure, rank 0 keeps the store until the others have read of it."""
+        self._closing = True
+        self._put(lambda _: None)
+        self._thread.join(timeout=_FAREWELL_S + 1.0)
 
-    def _all_know(self) -> bool:
+    def _beat_now(self) -> None:
+        if not self._lost:
+            concurrent.futures.wait([self._put(self._beat)], timeout=2.0)
+
+    def _put(self, question: Callable[[Store], _T]) -> Future[_T]:
+        answer: Future[_T] = Future()
+        self._questions.put((question, answer))
+        return answer
+
+    def _run(self) -> None:
         try:
-            return self.failure() is None or int(self.store.add("know", 0)) == self._world_size
-        except RuntimeError:  # the store is gone
-            return True
-
-    def _is_silent(self, rank: int) -> bool:
-        beats, now = int(self.store.add(f"beats/{rank}", 0)), time.monotonic()
-        if self._heard.get(rank, (-1, now))[0] != beats:
-            self._heard[rank] = (beats, now)
-        return now - self._heard[rank][1] > self._patience_s
-
-    def _beat(self) -> None:
-        knows = False
-        try:
-            while not self._stop.wait(_BEAT_S):
-                self._beats.add(f"beats/{self._rank}", 1)
-                failure = self._read_failure(self._beats)
-                if failure is not None and not knows:
-                    self._failure, knows = failure, True
-                    self._beats.add("know", 1)
+            while not self._closing:
+                self._beat(self._store)
+                self._answer_until(time.monotonic() + _BEAT_S)
+            self._beat(self._store)  # what has been said last
+            if self._failure is not None:
+                self._say_farewell()
         except RuntimeError:  # rank 0 has ended, and the store with it
-            return
+            self._lost = not self._closing
 
-    @staticmethod
-    def _read_failure(store: Store) -> RunFailedError | None:
-        if not store.check(["failure"]):
-            return None
-        kind, _, text = store.get("failure").decode().partition("\n")
-        return RunFailedError(kind, text)
+    def _answer_until(self, deadline: float) -> None:
+        while not self._closing and (left := deadline - time.monotonic()) > 0:
+            try:
+                question, answer = self._questions.get(timeout=left)
+            except queue.Empty:
+                return
+            answer.set_result(question(self._store))
+
+    def _beat(self, store: Store) -> None:
+        store.add(f"beats/{self._rank}", 1)
+        if self._report is not None and store.add("failures", 1) == 1:
+            store.set("failure", self._report)
+        self._report = None
+        if self._failure is None and store.check(["failure"]):
+            kind, _, text = store.get("failure").decode().partition("\n")
+            self._failure = RunFailedError(kind, text)
+        for rank, (beats, _) in self._heard.items():
+            now = int(store.add(f"beats/{rank}", 0))
+            if now != beats:
+                self._heard[rank] = (now, time.monotonic())
+        self._answered = time.monotonic()
+
+    def _say_farewell(self) -> None:
+        self._store.add("farewells", 1)
+        deadline = time.monotonic() + _FAREWELL_S
+        while self._rank == 0 and self._store.add("farewells", 0) < self._world_size and time.monotonic() < deadline:
+            time.sleep(0.05)

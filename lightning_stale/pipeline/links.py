@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -10,7 +11,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_stale.pipeline.channels import Channel, ReceiveChannel, SendChannel
-from lightning_stale.pipeline.health import Health
 from lightning_stale.pipeline.staleness import Staleness
 
 
@@ -20,10 +20,19 @@ def stage_mesh(world_size: int, device: torch.device) -> DeviceMesh:
     return DeviceMesh(device.type, ranks, mesh_dim_names=("replica", "stage"))
 
 
-def link_stages(mesh: DeviceMesh, staleness: Staleness, device: torch.device, health: Health) -> dict[str, Channel]:
+def link_stages(
+    mesh: DeviceMesh, staleness: Staleness, device: torch.device, check: Callable[[int, bool], None]
+) -> dict[str, Channel]:
     """Return this rank's channels, by the names of the arguments of ``Pipeline``.
 
     Each direction between two ranks has a process group of its own. All ranks take part in making all groups.
+
+    Args:
+        mesh: from :func:`stage_mesh`.
+        staleness: of all stages.
+        device: where the tensors are.
+        check: called with the neighbour's rank while waiting for it, and whether it seems to have ended; raises to
+            break off.
     """
     ranks = [int(rank) for rank in mesh.mesh[0].tolist()]
     per_rank = staleness.stages // len(ranks)
@@ -33,15 +42,9 @@ def link_stages(mesh: DeviceMesh, staleness: Staleness, device: torch.device, he
         last = (position + 1) * per_rank - 1  # the last stage of `before`
         features, gradients = staleness.p[last], staleness.q[last + 1]
         if dist.get_rank() == before:
-            check = _check_of(health, after)
-            channels["features_out"] = SendChannel(after, down, features, device, check)
-            channels["gradients_in"] = ReceiveChannel(after, up, gradients, device, check)
+            channels["features_out"] = SendChannel(after, down, features, device, partial(check, after))
+            channels["gradients_in"] = ReceiveChannel(after, up, gradients, device, partial(check, after))
         if dist.get_rank() == after:
-            check = _check_of(health, before)
-            channels["features_in"] = ReceiveChannel(before, down, features, device, check)
-            channels["gradients_out"] = SendChannel(before, up, gradients, device, check)
+            channels["features_in"] = ReceiveChannel(before, down, features, device, partial(check, before))
+            channels["gradients_out"] = SendChannel(before, up, gradients, device, partial(check, before))
     return channels
-
-
-def _check_of(health: Health, neighbour: int) -> Callable[[bool], None]:
-    return lambda fresh: health.check([neighbour], fresh)

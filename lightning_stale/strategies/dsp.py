@@ -210,7 +210,12 @@ class DSPStrategy(SingleReplicaStrategy):
         links: dict[str, Channel] = {}
         if self.world_size > 1:
             self._mesh = stage_mesh(self.world_size, self.root_device)
-            links = link_stages(self._mesh, staleness, self.root_device, self._start_health())
+            health = self._start_health()
+
+            def check(neighbour: int, ended: bool) -> None:
+                self._guard(lambda: health.check([neighbour], ended))
+
+            links = link_stages(self._mesh, staleness, self.root_device, check)
         self._pipeline = Pipeline(
             [
                 Stage(

@@ -16,6 +16,7 @@ from lightning_stale.averaging.reducer import ProcessGroupReducer
 from lightning_stale.averaging.rounds import Interval, Rounds
 from lightning_stale.strategies.exchange import unique_parameters
 from lightning_stale.strategies.peers import PeerStrategy
+from lightning_stale.strategies.places import Places
 
 CHECKPOINT_KEY = "lightning_stale_hpsgd"
 OuterOptimizer = Callable[[list[torch.nn.Parameter]], Optimizer]
@@ -70,6 +71,7 @@ class HPSGDStrategy(PeerStrategy):
             )
         self.interval, self.merge, self.outer_optimizer = interval, merge, outer_optimizer
         self._rounds: Rounds | None = None
+        self._places: Places | None = None
         self._group: dist.ProcessGroup | None = None
         self._resumed: Mapping[str, Any] | None = None
         self._ended: dict[str, Any] | None = None  # the outer optimizer when fit had ended, or failed
@@ -94,7 +96,7 @@ class HPSGDStrategy(PeerStrategy):
     def on_train_start(self) -> None:
         """Begin the first round from weights that are the same on all workers."""
         super().on_train_start()
-        self._start_health()
+        self._places = Places(self._start_health(), self.global_rank, self.world_size)
         self._group = dist.new_group()
         reducer = ProcessGroupReducer(self._group, self.root_device, self._check_peers)
         parameters = unique_parameters(self.optimizers)
@@ -126,7 +128,7 @@ class HPSGDStrategy(PeerStrategy):
         if self._rounds is not None and self._stepped:
             self._guard(self._rounds.after_step)
         self._stepped = False
-        self._guard(self._check_peers)
+        self._check_peers()
 
     def meet(self, place: str) -> None:
         if self._rounds is None:
@@ -146,10 +148,23 @@ class HPSGDStrategy(PeerStrategy):
 
     def _flush(self) -> None:
         assert self._rounds is not None
+        assert self._places is not None
         self._rounds.flush()
-        self._await_others()
+        self._places.await_others()
         self._agree_on_buffers()
         self._note_summary()
+
+    def _before_collective(self, name: str, group: Any | None = None) -> None:
+        """Meet first: the collective itself would wait for its timeout, or speak of a broken connection."""
+        if self._places is None or self.world_size == 1 or group is not None or self._require_trainer().interrupted:
+            return
+        self._come_to(f"a collective operation ({name})")
+        self._guard(self._places.await_others)
+
+    def _come_to(self, place: str) -> None:
+        assert self._places is not None
+        come, step = self._places.come_to, self._require_trainer().global_step
+        self._guard(lambda: come(place, step))
 
     def _note_summary(self) -> None:
         assert self._rounds is not None
@@ -205,6 +220,7 @@ class HPSGDStrategy(PeerStrategy):
     def teardown(self) -> None:
         """Stop what is left."""
         self._end_rounds()
+        self._places = None
         super().teardown()
 
     def _end_rounds(self) -> None:

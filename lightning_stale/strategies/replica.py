@@ -1,28 +1,20 @@
-"""One replica of a model over several ranks: what they must agree on, and how they learn of each other's failures."""
+"""One replica of a model over several ranks: what they must agree on."""
 
 from __future__ import annotations
 
-import uuid
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from lightning_stale.failures import describe
-from lightning_stale.pipeline.health import Health, StageFailedError
 from lightning_stale.pipeline.ownership import gather_everywhere
 from lightning_stale.strategies import internals
-from lightning_stale.strategies.base import StaleStrategy
-
-_PATIENCE_S = 15.0
+from lightning_stale.strategies.peers import PeerStrategy
 
 TBroadcast = TypeVar("TBroadcast")
 
 
-class SingleReplicaStrategy(StaleStrategy):
+class SingleReplicaStrategy(PeerStrategy):
     """Ranks that hold one model together: they see the same batches, and rank 0 has the loss and the metrics."""
-
-    _health: Health | None = None
-    _reported: BaseException | None = None
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -58,36 +50,9 @@ class SingleReplicaStrategy(StaleStrategy):
             if self._health is None:
                 super().barrier()
             else:
-                self._health.wait(internals.asynchronous_barrier(self.root_device))
+                health, work = self._health, internals.asynchronous_barrier(self.root_device)
+                self._guard(lambda: health.wait(work))
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Take the decision of rank 0, where the metrics are."""
         return bool(self.broadcast(decision))
-
-    # --- failures ---------------------------------------------------------------------------------------------------
-
-    def _start_health(self) -> Health:
-        prefix = f"lightning_stale/{self.broadcast(uuid.uuid4().hex)}"
-        store = internals.rendezvous_store()
-        self._health = Health(store, prefix, self.global_rank, self.world_size, _PATIENCE_S, self._check_signals)
-        return self._health
-
-    def _end_health(self) -> None:
-        if self._health is not None:
-            self._health.close()
-            self._health = None
-
-    def on_exception(self, exception: BaseException) -> None:
-        """Tell the other ranks; in ``fit`` they have been told already, before any other callback."""
-        self.report(exception)
-
-    def report(self, exception: BaseException) -> None:
-        if self._health is None or isinstance(exception, StageFailedError) or exception is self._reported:
-            return
-        self._reported = exception
-        first = self._health.failure
-        if first is not None:
-            exception.__cause__ = exception.__cause__ or first
-            return
-        kind, text = describe(exception)
-        self._health.fail(kind, f"rank {self.global_rank} {text}")

@@ -312,4 +312,4 @@ def test_a_scaled_loss_is_refused() -> None:
 def test_on_ranks_a_second_call_ends_all_of_them(kind: str, cause: str, tmp_path: Path) -> None:
     texts = run_workers(refuse, 2, tmp_path, 2, kind, {})
     assert all(cause in text for text in texts)
-    assert kind == "Outside" or "StageFailedError: rank 0 raised MisconfigurationException" in texts[1]
+    assert kind == "Outside" or "RunFailedError: rank 0 raised MisconfigurationException" in texts[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -17,29 +18,36 @@ Make = Callable[..., Health]
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     monkeypatch.setattr(health, "_BEAT_S", 0.01)
-    monkeypatch.setattr(health, "_LINGER_S", 60.0)
+    monkeypatch.setattr(health, "_FAREWELL_S", 60.0)
     store, made = HashStore(), []
 
-    def make(rank: int, world_size: int = 3, patience_s: float = 60.0) -> Health:
-        made.append(Health(store, "run", rank, world_size, patience_s))
+    def make(rank: int, world_size: int = 3, patience_s: float = 60.0, check: Callable[[], None] = int) -> Health:
+        made.append(Health(store, "run", rank, world_size, patience_s, check))
         return made[-1]
 
     yield make
+    monkeypatch.setattr(health, "_FAREWELL_S", 0.0)
     for one in made:
-        one._stop.set()
-        one._thread.join(timeout=10)
+        stop(one)
+
+
+def stop(one: Health) -> None:
+    """Let a rank be silent from now on."""
+    one._closing = True
+    one._thread.join(timeout=10)
+    assert not one._thread.is_alive()
 
 
 def test_all_hear_of_the_first_failure(make: Make) -> None:
     ranks = [make(rank) for rank in range(3)]
     for rank in ranks:
         rank.check()
-        assert rank.failure() is None
+        assert rank.failure is None
     ranks[2].fail("sigterm", "rank 2 received SIGTERM\nand more")
     ranks[1].fail("error", "rank 1 raised something else because of that")
     for rank in ranks:
         with pytest.raises(RunFailedError, match="rank 2 received SIGTERM\nand more") as caught:
-            rank.check()
+            rank.check(fresh=True)
         assert caught.value.kind == "sigterm"
         with pytest.raises(RunFailedError, match="rank 2"):
             rank.blame()
@@ -47,23 +55,64 @@ def test_all_hear_of_the_first_failure(make: Make) -> None:
 
 def test_a_rank_that_is_not_heard_of_is_named_to_all(make: Make) -> None:
     first, second, third = make(0, patience_s=0.5), make(1), make(2)
-    third._stop.set()
-    third._thread.join()
+    stop(third)
     with pytest.raises(RunFailedError, match="rank 2 has not been heard of"):
         first.blame()
     with pytest.raises(RunFailedError, match="rank 2 has not been heard of"):
-        second.check()
+        second.check(fresh=True)
 
 
-def test_after_a_failure_the_end_waits_until_all_know(make: Make) -> None:
-    """Each counts itself in its heartbeat; the store, which ends with rank 0, then holds nothing that one has not."""
+def test_who_waits_for_one_rank_does_not_mind_the_silence_of_another(make: Make) -> None:
+    first, _, third = make(0), make(1), make(2)
+    stop(third)
+    first.check(fresh=True)
+    beats, _ = first._heard[2]
+    first._heard[2] = (beats, float("-inf"))
+    first.check([1])
+    with pytest.raises(RunFailedError, match="rank 2 has not been heard of"):
+        first.check([1, 2])
+
+
+def test_a_question_is_answered_from_the_store(make: Make) -> None:
+    first, second = make(0, world_size=2), make(1, world_size=2)
+    first.ask(lambda store: store.set("key", "value"))
+    assert second.ask(lambda store: store.get("key")) == b"value"
+
+
+def test_who_waits_for_an_answer_hears_of_a_failure(make: Make) -> None:
+    first, second = make(0, world_size=2), make(1, world_size=2)
+    hangs = threading.Event()
+
+    def question(_: Store) -> None:
+        second.fail("error", "rank 1 raised ValueError")
+        hangs.wait(timeout=30)
+
+    class BreakOffError(Exception):
+        pass
+
+    def check() -> None:
+        if second.failure is not None:
+            raise BreakOffError
+
+    first._check = check
+    with pytest.raises(BreakOffError):
+        first.ask(question)
+    hangs.set()
+
+
+def test_after_a_failure_rank_0_waits_for_the_farewells_of_all(make: Make) -> None:
+    """The store ends with rank 0, and then holds nothing that another rank has not read."""
     ranks = [make(rank) for rank in range(3)]
     ranks[1].fail("error", "rank 1 raised ValueError")
-    ranks[0].close()
-    assert int(ranks[0].store.add("know", 0)) == 3
+    closing = threading.Thread(target=ranks[0].close, daemon=True)
+    closing.start()
+    ranks[1].close()
+    assert closing.is_alive()
+    assert ranks[0]._thread.is_alive()
+    ranks[2].close()
+    closing.join(timeout=10)
     assert not ranks[0]._thread.is_alive()
-    for rank in ranks[1:]:
-        assert rank._failure is not None
+    assert all(rank.failure is not None for rank in ranks)
 
 
 def test_without_a_failure_the_end_waits_for_nobody(make: Make) -> None:
@@ -72,13 +121,14 @@ def test_without_a_failure_the_end_waits_for_nobody(make: Make) -> None:
     assert not only._thread.is_alive()
 
 
-def test_a_lost_store_means_that_rank_0_is_gone(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_store_means_that_rank_0_is_gone(make: Make) -> None:
     rank = make(1)
 
     def broken(_: Store) -> None:
         raise RuntimeError("connection was reset")
 
-    monkeypatch.setattr(Health, "_read_failure", staticmethod(broken))
-    with pytest.raises(RunFailedError, match="rank 0 is gone"):
-        rank.check()
+    with pytest.raises(RunFailedError, match="rank 0, which all others meet at, is gone"):
+        rank.ask(broken)
+    with pytest.raises(RunFailedError, match="rank 0"):
+        rank.check(fresh=True)
     rank.close()

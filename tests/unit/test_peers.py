@@ -18,15 +18,12 @@ class Health:
     """Knows why another rank has ended, and notes what it is told."""
 
     def __init__(self, failure: RunFailedError | None) -> None:
-        self._failure = failure
+        self.failure = failure
         self.told: list[tuple[str, str]] = []
 
     def blame(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-
-    def failure(self) -> RunFailedError | None:
-        return self._failure
+        if self.failure is not None:
+            raise self.failure
 
     def fail(self, kind: str, text: str) -> None:
         self.told.append((kind, text))

@@ -1,0 +1,70 @@
+"""See that all ranks meet at the same place, before they wait for each other there."""
+
+from __future__ import annotations
+
+import time
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.distributed.distributed_c10d import Store
+
+from lightning_stale.health import Health
+
+_POLL_S = 0.001
+_MAX_POLL_S = 0.05
+
+
+class Places:
+    """Where each rank is, and will wait for the others; told through the store that ``health`` looks after.
+
+    Args:
+        health: of this run.
+        rank: this one.
+        world_size: the number of ranks.
+    """
+
+    def __init__(self, health: Health, rank: int, world_size: int) -> None:
+        self._health, self._rank, self._world_size = health, rank, world_size
+        self._meetings = 0
+
+    def come_to(self, place: str, step: int) -> None:
+        """Let the others know that this rank's next meeting is at ``place``; do not wait for them yet."""
+        self._meetings += 1
+        new, read_by_all = self._key(self._meetings, self._rank), self._key(self._meetings - 2, self._rank)
+
+        def move(store: Store) -> None:
+            store.set(new, f"{place} (step {step})")
+            store.delete_key(read_by_all)
+
+        self._health.ask(move)
+
+    def await_others(self) -> None:
+        """Wait until all ranks have come to this meeting.
+
+        Raises:
+            MisconfigurationException: if some of them are at another place.
+            RunFailedError: if one of them has ended.
+        """
+        poll_s = _POLL_S
+        while len(places := self._health.ask(self._read)) < self._world_size or _differ(places):
+            if _differ(places):
+                described = "; ".join(f"rank {rank} is at {place}" for rank, place in places.items())
+                raise MisconfigurationException(
+                    f"the workers met at different places: {described}. Validation and checkpoints within an epoch "
+                    "need the same number of batches on every rank: validate and save at the end of an epoch "
+                    "(val_check_interval=1.0, every_n_train_steps=None), or write Trainer(limit_train_batches=...)"
+                )
+            time.sleep(poll_s)
+            poll_s = min(2 * poll_s, _MAX_POLL_S)
+            self._health.check()
+
+    def _read(self, store: Store) -> dict[int, str]:
+        keys = {rank: self._key(self._meetings, rank) for rank in range(self._world_size)}
+        return {rank: store.get(key).decode() for rank, key in keys.items() if store.check([key])}
+
+    @staticmethod
+    def _key(meeting: int, rank: int) -> str:
+        return f"place/{meeting}/{rank}"
+
+
+def _differ(places: dict[int, str]) -> bool:
+    return len({place.rpartition(" (")[0] for place in places.values()}) > 1
