@@ -50,6 +50,9 @@ class StaleStrategy(DDPStrategy):
         accelerator, cluster_environment, checkpoint_io, precision_plugin: as in ``DDPStrategy``.
     """
 
+    _steps_locally = False
+    """Whether a worker's own optimizer takes its steps, as a plain Trainer would, with gradients that nobody needs."""
+
     def __init__(
         self,
         *,
@@ -112,10 +115,11 @@ class StaleStrategy(DDPStrategy):
             assert self.model is not None
             check_trainer(trainer)
             check_device(self.root_device)
-            check_model(self.model, self._layer_sync is not None)
+            check_model(self.model, self._layer_sync is not None, self._steps_locally)
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
-            check_optimizers(self.optimizers)
+            if not self._steps_locally:
+                check_optimizers(self.optimizers)
             self._add_meeting_points(trainer)
             self._undo_setup.append(internals.free_batches(trainer))
             trained = {

@@ -59,8 +59,13 @@ def check_device(device: torch.device) -> None:
         )
 
 
-def check_model(model: nn.Module, synchronizes_batch_norm: bool) -> None:
+def check_model(model: nn.Module, synchronizes_batch_norm: bool, sparse_gradients: bool) -> None:
     """Refuse modules that need what the workers do not share.
+
+    Args:
+        model: the user's.
+        synchronizes_batch_norm: whether ``Trainer(sync_batchnorm=True)``.
+        sparse_gradients: whether they can be used.
 
     Raises:
         MisconfigurationException: names the module and the cure.
@@ -72,7 +77,7 @@ def check_model(model: nn.Module, synchronizes_batch_norm: bool) -> None:
                 "every forward pass: write Trainer(sync_batchnorm=False) and plain BatchNorm, whose running statistics "
                 "are averaged before validation and checkpoints, or GroupNorm"
             )
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and not sparse_gradients:
             raise MisconfigurationException(
                 f"{name} is an {type(module).__name__}(sparse=True), and sparse gradients cannot be pushed: write "
                 f"{type(module).__name__}(sparse=False)"
@@ -92,8 +97,9 @@ def check_optimizers(optimizers: Sequence[torch.optim.Optimizer]) -> None:
     for optimizer in optimizers:
         if isinstance(optimizer, torch.optim.LBFGS):
             raise MisconfigurationException(
-                "LBFGS evaluates the loss several times within one step, which the parameter server cannot do: write "
-                "another optimizer, e.g. torch.optim.AdamW, or Trainer(strategy='auto', devices=1)"
+                "LBFGS evaluates the loss several times within one step, for which a server or a pipeline has one "
+                "gradient only: write another optimizer, e.g. torch.optim.AdamW, or another strategy: "
+                "Trainer(strategy='hpsgd'), or Trainer(strategy='auto', devices=1)"
             )
 
 

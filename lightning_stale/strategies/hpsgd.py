@@ -51,6 +51,8 @@ class HPSGDStrategy(PeerStrategy):
         HPSGDStrategy(interval=4, merge='hpsgd')
     """
 
+    _steps_locally = True
+
     def __init__(
         self,
         *,

@@ -598,6 +598,44 @@ def test_workers_at_different_places_are_told_so(strategy: Any, options: Any, pl
             assert_failed(worker, "the workers met at different places", *places, "val_check_interval=1.0")
 
 
+# --- optimizers of any kind -------------------------------------------------------------------------------------------
+
+
+class Sparse(L.LightningModule):
+    """An embedding with sparse gradients, of which SparseAdam moves the rows that a batch has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Embedding(8, 2, sparse=True)
+        nn.init.zeros_(self.rows.weight)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return (self.rows(torch.tensor([self.global_rank, 2])) - 1).square().sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SparseAdam(self.parameters(), lr=0.1)
+
+
+def fit_with_local_steps(rank: int) -> tuple[Tensor, dict[str, Tensor], float, float]:
+    sparse, model = Sparse(), Regression("LBFGS", lr=0.1)
+    trainer(2, "hpsgd", max_epochs=1).fit(sparse, loader())
+    whole = loader(batch_size=256)
+    (batch,) = whole
+    before = model.loss(batch).item()
+    options = {"max_epochs": 6, "use_distributed_sampler": False}
+    trainer(2, HPSGDStrategy(interval=2), **options).fit(model, whole)
+    return sparse.rows.weight.detach(), weights(model), before, model.loss(batch).item()
+
+
+def test_lbfgs_and_sparse_gradients_train_as_in_a_plain_trainer(tmp_path: Path) -> None:
+    (rows, first, before, after), (others_rows, second, *_) = run_workers(fit_with_local_steps, 2, tmp_path)
+    assert torch.equal(rows, others_rows)
+    assert (rows[:3] > 0.1).all()  # row 0 is rank 0's alone, row 1 rank 1's, row 2 both's
+    assert (rows[3:] == 0).all()
+    assert_same(first, second)
+    assert after < before / 2
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 

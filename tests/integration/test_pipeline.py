@@ -18,29 +18,13 @@ from torchmetrics import MeanAbsoluteError
 
 from lightning_stale import DSPStrategy
 from tests.integration.harness import ROOT, run_script, run_workers
-from tests.integration.models import assert_same, trainer, weights
+from tests.integration.models import assert_equal, assert_same, trainer, weights
 from tests.unit.pipeline.networks import Chain, batches, samples
 from tests.unit.pipeline.reference import distance, of_chain
 
 SGD = ("SGD", {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3})
 ADAM = ("Adam", {"lr": 0.01})
 STEPS = 50
-
-
-def assert_equal(left: Any, right: Any, where: str = "") -> None:
-    """Assert that two nested structures are equal, the tensors in them bit for bit."""
-    if isinstance(left, Tensor):
-        assert torch.equal(left, right), f"{where}: {left} != {right}"
-    elif isinstance(left, dict):
-        assert left.keys() == right.keys(), where
-        for key in left:
-            assert_equal(left[key], right[key], f"{where}[{key!r}]")
-    elif isinstance(left, (list, tuple)):
-        assert len(left) == len(right), where
-        for place, (one, other) in enumerate(zip(left, right, strict=True)):
-            assert_equal(one, other, f"{where}[{place}]")
-    else:
-        assert left == right, f"{where}: {left} != {right}"
 
 
 def fit(world_size: int, strategy: dict[str, Any] | str, model: dict[str, Any], **options: Any) -> dict[str, Any]:
