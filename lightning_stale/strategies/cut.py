@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -83,3 +84,25 @@ def _unwrapped(module: nn.Module, path: str, undo: list[Callable[[], None]]) -> 
         setattr(holder, name, body)
         undo.append(lambda: setattr(holder, name, wrapped))
     return body
+
+
+def outside(model: nn.Module, owner: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return the names and parameters of ``model`` that are not those of ``owner``, the module that was cut."""
+    within = [path for path, module in model.named_modules(remove_duplicate=False) if module is owner]
+    return [
+        (name, parameter)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if not any(path == "" or name.startswith(f"{path}.") for path in within)
+    ]
+
+
+def positional(owner: nn.Module) -> Callable[..., tuple[Any, ...]]:
+    """Return what brings the arguments of a call of ``owner`` into the order of its signature, defaults included."""
+    signature = inspect.signature(type(owner).forward)
+
+    def bind(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        bound = signature.bind(owner, *args, **kwargs)
+        bound.apply_defaults()
+        return tuple(bound.arguments.values())[1:]
+
+    return bind

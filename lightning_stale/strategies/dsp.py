@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,24 +21,17 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from lightning_stale.pipeline.channels import Channel
+from lightning_stale.pipeline.clipping import clip_per_block
 from lightning_stale.pipeline.links import link_stages, stage_mesh
 from lightning_stale.pipeline.order import share_order
-from lightning_stale.pipeline.ownership import (
-    OptimizerShare,
-    complete_state_dict,
-    constant_names,
-    materialize,
-    own_names,
-    own_values,
-    put_back,
-    release_others,
-)
+from lightning_stale.pipeline.ownership import constant_names, materialize, own_names, put_back
+from lightning_stale.pipeline.part import Part
 from lightning_stale.pipeline.partition import count_parameters
 from lightning_stale.pipeline.pipeline import Pipeline
 from lightning_stale.pipeline.stage import Block, Stage, check_disjoint, tensors
 from lightning_stale.pipeline.staleness import Staleness
 from lightning_stale.strategies import internals
-from lightning_stale.strategies.cut import Split, cut_model
+from lightning_stale.strategies.cut import Split, cut_model, outside, positional
 from lightning_stale.strategies.relay import MetricsRelay
 from lightning_stale.strategies.replica import SingleReplicaStrategy
 
@@ -105,8 +97,7 @@ class DSPStrategy(SingleReplicaStrategy):
         self.module, self.split = module, split
         self._pipeline: Pipeline | None = None
         self._blocks: list[Block] = []
-        self._shares: list[OptimizerShare] = []
-        self._own: set[str] = set()
+        self._part: Part | None = None
         self._count, self._mine, self._built_on_meta = 0, range(0), False
         self._mesh: DeviceMesh | None = None
         self._calls: int | None = None  # of the body, in a step
@@ -206,7 +197,7 @@ class DSPStrategy(SingleReplicaStrategy):
         stages, mine = self._count, self._mine
         staleness = Staleness.of(self.staleness, stages, self.queues)
         owner, self._blocks = cut_model(trainer, stages, self.module, self.split, self._undo_setup)
-        check_disjoint(self._blocks, _outside(module, owner))
+        check_disjoint(self._blocks, outside(module, owner))
         links: dict[str, Channel] = {}
         if self.world_size > 1:
             self._mesh = stage_mesh(self.world_size, self.root_device)
@@ -236,15 +227,13 @@ class DSPStrategy(SingleReplicaStrategy):
                 {"stage": k, "parameters": count_parameters(block.module)} for k, block in enumerate(self._blocks)
             ],
         }
-        signature = inspect.signature(type(owner).forward).bind
-        owner.forward = lambda *args, **kwargs: self._forward(_bound(signature, owner, args, kwargs))
+        arguments = positional(owner)
+        owner.forward = lambda *args, **kwargs: self._forward(arguments(*args, **kwargs))
         self._undo_setup.append(lambda: owner.__dict__.pop("forward", None))
         if self.world_size > 1:
-            self._own = self._own_names()
-            names = {id(p): name for name, p in module.named_parameters()}
-            if trainer.state.fn == TrainerFn.FITTING:  # or else they are left from the last fit
-                self._shares = [OptimizerShare(optimizer, names, self._own) for optimizer in self.optimizers]
-            release_others(module, self._own | constant_names(module, [block.module for block in self._blocks]))
+            readable = constant_names(module, [block.module for block in self._blocks])
+            trained = self.optimizers if trainer.state.fn == TrainerFn.FITTING else []  # or left from the last fit
+            self._part = Part(module, self._own_names(), readable, trained, self._gather_everywhere)
             self._blocks = [block if k in mine else Block(nn.Module()) for k, block in enumerate(self._blocks)]
             self._separate_metrics(module)
             self._share_results(trainer)
@@ -376,20 +365,10 @@ class DSPStrategy(SingleReplicaStrategy):
         clip_val: int | float = 0.0,
         gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
     ) -> None:
-        """Clip each block by its own norm: no block knows another's gradient of the same batch."""
-        if clip_val <= 0:
-            return
-        block_of = {id(p): k for k, block in enumerate(self._blocks) for p in block.module.parameters()}
-        rest = len(self._blocks) - 1
-        groups: dict[int, list[Tensor]] = {}
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                groups.setdefault(block_of.get(id(parameter), rest), []).append(parameter)
-        for parameters in groups.values():
-            if gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
-                torch.nn.utils.clip_grad_value_(parameters, clip_val)
-            else:
-                torch.nn.utils.clip_grad_norm_(parameters, clip_val)
+        if clip_val > 0:
+            by_value = gradient_clip_algorithm == GradClipAlgorithmType.VALUE
+            clip = torch.nn.utils.clip_grad_value_ if by_value else torch.nn.utils.clip_grad_norm_
+            clip_per_block(optimizer, [block.module for block in self._blocks], lambda group: clip(group, clip_val))
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
@@ -413,45 +392,33 @@ class DSPStrategy(SingleReplicaStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the whole model's weights, after draining."""
         assert self.lightning_module is not None
-        if self._pipeline is None or self.world_size == 1:
+        if self._part is None:
             self.meet("a checkpoint")
             return super().lightning_module_state_dict()
         if self.lightning_module.trainer.interrupted:
             raise RuntimeError("the run has failed, and a checkpoint needs every stage: resume from the last one")
         self.meet("a checkpoint")
-        return complete_state_dict(self.lightning_module, self._everyones_values())
+        return self._part.state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return the whole optimizer's state, in the user's parameter order."""
         raw = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        for share in self._shares:
-            if share.optimizer is raw:
-                return share.complete(self._gather_everywhere(share.state()))
-        return super().optimizer_state(optimizer)
+        state = None if self._part is None else self._part.optimizer_state(raw)
+        return super().optimizer_state(optimizer) if state is None else state
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load this rank's part of each optimizer's state."""
-        if not self._shares:
+        if self._part is None:
             super().load_optimizer_state_dict(checkpoint)
-        for share, state in zip(self._shares, checkpoint["optimizer_states"], strict=False):
-            share.load(state)
-
-    def _everyones_values(self) -> list[dict[str, Tensor]]:
-        assert self.lightning_module is not None
-        return self._gather_everywhere(own_values(self.lightning_module, self._own))
+        else:
+            self._part.load_optimizers(checkpoint["optimizer_states"])
 
     def on_train_end(self) -> None:
         """Put the model and its optimizers together again."""
         super().on_train_end()
         self._note_summary()
-        if self.world_size > 1:
-            assert self.lightning_module is not None
-            everyone = self._everyones_values()
-            states = [share.complete(self._gather_everywhere(share.state())) for share in self._shares]
-            put_back(self.lightning_module, {name: v for values in everyone for name, v in values.items()})
-            for share, state in zip(self._shares, states, strict=True):
-                share.join(self.lightning_module, state)
-            self._shares = []
+        if self._part is not None:
+            self._part.join()
 
     def teardown(self) -> None:
         """End the channels, and give back what has been replaced."""
@@ -461,12 +428,9 @@ class DSPStrategy(SingleReplicaStrategy):
         self._end_health()
         if self.lightning_module is not None and any(p.is_meta for p in self.lightning_module.parameters()):
             fn = self.lightning_module._trainer and self.lightning_module.trainer.state
-            values: dict[str, Tensor] = {}
-            if fn and not self.lightning_module.trainer.interrupted:  # validate, test or predict has ended well
-                everyone = self._everyones_values()
-                values = {name: v for own in everyone for name, v in own.items()}
-            put_back(self.lightning_module, values)
-        self._shares, self._blocks, self._mesh = [], [], None
+            ended_well = fn and not self.lightning_module.trainer.interrupted  # validate, test or predict
+            put_back(self.lightning_module, self._part.values() if ended_well and self._part is not None else {})
+        self._part, self._blocks, self._mesh = None, [], None
         super().teardown()
 
     def summary(self) -> dict[str, Any]:
@@ -484,20 +448,3 @@ class DSPStrategy(SingleReplicaStrategy):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(stages={self.stages}, staleness={self.staleness!r}, split={self.split!r})"
-
-
-def _outside(model: nn.Module, owner: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return the names and parameters of ``model`` that are not those of ``owner``, the module that was cut."""
-    within = [path for path, module in model.named_modules(remove_duplicate=False) if module is owner]
-    return [
-        (name, parameter)
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if not any(path == "" or name.startswith(f"{path}.") for path in within)
-    ]
-
-
-def _bound(bind: Callable[..., inspect.BoundArguments], owner: nn.Module, args: Any, kwargs: Any) -> tuple[Any, ...]:
-    """Return the arguments of a call in the order of the signature, defaults included."""
-    bound = bind(owner, *args, **kwargs)
-    bound.apply_defaults()
-    return tuple(bound.arguments.values())[1:]

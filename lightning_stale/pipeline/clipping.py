@@ -1,0 +1,21 @@
+"""Clip each block by its own norm: no block knows another's gradient of the same batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+def clip_per_block(
+    optimizer: Optimizer, blocks: Sequence[nn.Module], clip: Callable[[Sequence[Tensor]], object]
+) -> None:
+    """Call ``clip`` with the parameters of each block; what lies outside of all blocks belongs to the last."""
+    block_of = {id(p): k for k, block in enumerate(blocks) for p in block.parameters()}
+    groups: dict[int, list[Tensor]] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            groups.setdefault(block_of.get(id(parameter), len(blocks) - 1), []).append(parameter)
+    for parameters in groups.values():
+        clip(parameters)
