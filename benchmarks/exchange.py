@@ -33,7 +33,8 @@ from torch import Tensor
 
 from lightning_stale import ASP
 from lightning_stale.parameter_server import memory
-from lightning_stale.parameter_server.client import Endpoint, ParameterClient
+from lightning_stale.parameter_server.client import ParameterClient
+from lightning_stale.parameter_server.endpoint import Endpoint
 from lightning_stale.parameter_server.layout import Layout
 from lightning_stale.parameter_server.options import read_options
 from lightning_stale.parameter_server.process import ServerProcess

@@ -19,7 +19,7 @@ from lightning_stale.paradigms import ASP, BSP, DSSP, SSP
 __version__ = "0.1.0"
 
 if "lightning_stale_server" not in sys._xoptions:  # the server process needs torch, and not all of lightning
-    from lightning_stale.callbacks import StalenessMonitor, StragglerInjection
+    from lightning_stale.callbacks import StalenessMonitor, StragglerInjection, ThresholdSchedule
     from lightning_stale.strategies import DSPStrategy, HPSGDStrategy, StaleSyncStrategy, register_strategies
     from lightning_stale.strategies.twin import refuse_twin
 
@@ -46,4 +46,5 @@ __all__ = [
     "StaleSyncStrategy",
     "StalenessMonitor",
     "StragglerInjection",
+    "ThresholdSchedule",
 ]

@@ -1,8 +1,9 @@
-"""Callbacks that show staleness, and that emulate unequal workers."""
+"""Callbacks that show staleness, schedule it, and emulate unequal workers."""
 
 from __future__ import annotations
 
 from lightning_stale.callbacks.monitor import StalenessMonitor
 from lightning_stale.callbacks.straggler import StragglerInjection
+from lightning_stale.callbacks.threshold_schedule import ThresholdSchedule
 
-__all__ = ["StalenessMonitor", "StragglerInjection"]
+__all__ = ["StalenessMonitor", "StragglerInjection", "ThresholdSchedule"]

@@ -24,7 +24,9 @@ class StalenessMonitor(Callback):
     - ``staleness/gradient``: updates between the last pull and the push;
     - ``staleness/wait_share``: part of the time of the last step that was spent waiting, 0..1;
     - ``staleness/samples_per_s``: samples per second of this worker, loading not counted; where Lightning can tell the
-      size of a batch.
+      size of a batch;
+    - ``staleness/threshold``, or ``staleness/lower`` and ``staleness/upper``: the thresholds in force; not in the
+      progress bar.
 
     Args:
         prog_bar: show them in the progress bar too.
@@ -75,6 +77,8 @@ class StalenessMonitor(Callback):
         except MisconfigurationException:  # Lightning cannot tell how large such a batch is
             pass
         pl_module.log_dict(values, on_step=True, on_epoch=False, prog_bar=self.prog_bar, batch_size=1)
+        bounds = {f"staleness/{name}": float(value) for name, value in trainer.strategy.paradigm.thresholds.items()}
+        pl_module.log_dict(bounds, on_step=True, on_epoch=False, batch_size=1)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table."""
@@ -97,5 +101,11 @@ def summary_table(summary: dict[str, Any]) -> Table:
             f"{worker['mean_staleness']:.2f} ({worker['max_staleness']})",
             f"{worker['wait_s']:.1f} s",
             f"{worker['wait_s'] / total_s:.0%}",
+        )
+    if len(summary["phases"]) > 1:
+        table.caption = "\n".join(
+            f"from update {phase['since']}: {', '.join(f'{k}={v}' for k, v in phase['thresholds'].items())}, "
+            f"largest lead {phase['max_lead']}"
+            for phase in summary["phases"]
         )
     return table

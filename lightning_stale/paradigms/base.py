@@ -44,6 +44,44 @@ class Paradigm(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where ``state`` was taken."""
 
+    @property
+    def thresholds(self) -> dict[str, int]:
+        """What :meth:`set_thresholds` can change, under the names of the constructor; empty if there is nothing."""
+        return {}
+
+    def set_thresholds(self, now: float, /, **thresholds: int) -> list[int]:
+        """Change some or all of :attr:`thresholds` from ``now`` (seconds) on.
+
+        Where a threshold rises, workers that it lets go on get their OK at once. Where one falls, nobody is called
+        back: a worker that is too far ahead waits after its next push until the others have caught up. So every OK
+        given before has a lead within the old bound, and every one given from now on, by this call too, within the new.
+
+        Thresholds are no part of :meth:`state_dict`.
+
+        Returns:
+            Who gets an OK for it, oldest first.
+
+        Raises:
+            ValueError: if the paradigm has no such thresholds, or for a value that its constructor would refuse; then
+                nothing has changed.
+        """
+        name, known = type(self).__name__, self.thresholds
+        if not known:
+            raise ValueError(
+                f"{name} has no threshold to change: use ssp or dssp, e.g. StaleSyncStrategy(paradigm=SSP(threshold=3))"
+            )
+        if not thresholds or not thresholds.keys() <= known.keys():
+            given = ", ".join(f"{key}={value!r}" for key, value in thresholds.items())
+            example = ", ".join(f"{key}={value}" for key, value in known.items())
+            raise ValueError(
+                f"set_thresholds({given}): {name} has {' and '.join(known)}, e.g. set_thresholds({example})"
+            )
+        return self._change_thresholds(now, {**known, **thresholds})
+
+    def _change_thresholds(self, now: float, thresholds: Mapping[str, int]) -> list[int]:
+        """Take all thresholds; paradigms that have some say how."""
+        raise NotImplementedError
+
     def lead(self, worker: int) -> int:
         """Return ``t_p - min(t)`` of a worker that is present."""
         return self.clocks[worker] - min(self.clocks.values())

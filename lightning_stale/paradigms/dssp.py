@@ -48,13 +48,7 @@ class DSSP(ClockGate):
 
     def __init__(self, lower: int = 3, upper: int = 15, enforce_upper: bool = True) -> None:
         super().__init__()
-        self.lower = check_clock_count("DSSP", "lower", lower)
-        self.upper = check_clock_count("DSSP", "upper", upper)
-        if lower > upper:
-            raise ValueError(
-                f"DSSP(lower={lower}, upper={upper}): lower must not exceed upper; did you mean "
-                f"DSSP(lower={upper}, upper={lower})?"
-            )
+        self.lower, self.upper = _check_thresholds(lower, upper)
         if not isinstance(enforce_upper, bool):
             raise ValueError(f"DSSP(enforce_upper={enforce_upper!r}): write True or False")
         self.enforce_upper = enforce_upper
@@ -101,6 +95,18 @@ class DSSP(ClockGate):
 
         return min(horizon, key=wait)
 
+    @property
+    def thresholds(self) -> dict[str, int]:
+        return {"lower": self.lower, "upper": self.upper}
+
+    def _change_thresholds(self, now: float, thresholds: Mapping[str, int]) -> list[int]:
+        """Credit granted before is cut to what ``upper`` leaves; as printed, nothing bounds it and it stays."""
+        self.lower, self.upper = _check_thresholds(thresholds["lower"], thresholds["upper"])
+        if self.enforce_upper:
+            for worker, record in self._records.items():
+                record.credit = min(record.credit, max(0, self.upper - self.lead(worker)))
+        return self._note_release(self._open_waiting(now), now)
+
     def state_dict(self) -> dict[str, Any]:
         return {
             **super().state_dict(),
@@ -135,3 +141,12 @@ class DSSP(ClockGate):
 
     def __repr__(self) -> str:
         return f"DSSP(lower={self.lower}, upper={self.upper}, enforce_upper={self.enforce_upper})"
+
+
+def _check_thresholds(lower: object, upper: object) -> tuple[int, int]:
+    low, up = check_clock_count("DSSP", "lower", lower), check_clock_count("DSSP", "upper", upper)
+    if low > up:
+        raise ValueError(
+            f"DSSP(lower={low}, upper={up}): lower must not exceed upper; did you mean DSSP(lower={up}, upper={low})?"
+        )
+    return low, up

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from lightning_stale.paradigms.base import ClockGate, check_clock_count
 
 
@@ -25,6 +27,10 @@ class SSP(ClockGate):
         [[0], []]
         >>> paradigm.push(1, now=3.0)
         [1, 0]
+        >>> paradigm.push(0, now=4.0)
+        []
+        >>> paradigm.set_thresholds(5.0, threshold=2)   # worker 0 need not wait any longer
+        [0]
     """
 
     def __init__(self, threshold: int = 3) -> None:
@@ -34,6 +40,14 @@ class SSP(ClockGate):
     @property
     def bound(self) -> int:  # type: ignore[override]
         return self.threshold
+
+    @property
+    def thresholds(self) -> dict[str, int]:
+        return {"threshold": self.threshold}
+
+    def _change_thresholds(self, now: float, thresholds: Mapping[str, int]) -> list[int]:
+        self.threshold = check_clock_count("SSP", "threshold", thresholds["threshold"])
+        return self._open_waiting(now)
 
     def __repr__(self) -> str:
         return f"SSP(threshold={self.threshold})"

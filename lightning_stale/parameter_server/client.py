@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from lightning_stale.failures import RunFailedError
 from lightning_stale.parameter_server import memory, wire
+from lightning_stale.parameter_server.endpoint import Endpoint
 from lightning_stale.parameter_server.layout import Layout
 from lightning_stale.parameter_server.options import Options
 from lightning_stale.parameter_server.socket import KeyPair, WorkerSocket
@@ -27,28 +27,6 @@ _POLL_MS = 200
 
 class ServerLostError(ConnectionError):
     """The parameter server has ended."""
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """Where the server is and how to talk to it; travels through the rendezvous store."""
-
-    address: str
-    host_id: str
-    pid: int
-    server_key: str
-    worker_public: str
-    worker_secret: str
-    layout: list[list[Any]]
-
-    def encode(self) -> str:
-        """Return it as JSON."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def decode(cls, data: str) -> Endpoint:
-        """The inverse of :meth:`encode`."""
-        return cls(**json.loads(data))
 
 
 @dataclass(frozen=True)
@@ -152,7 +130,7 @@ class ParameterClient:
         self.start_computing()
         return self.last_release
 
-    def meet(self, place: str, detail: str, pull: bool = True, timeout_s: float = math.inf) -> None:
+    def meet(self, place: str, detail: str, pull: bool = True, timeout_s: float = math.inf) -> dict[str, int]:
         """Wait until all workers are at ``place``.
 
         Args:
@@ -161,6 +139,9 @@ class ParameterClient:
             pull: whether to pull the weights then; without it, the worker is taken to be amid a step.
             timeout_s: how long to wait.
 
+        Returns:
+            The thresholds of the paradigm, the same on all workers.
+
         Raises:
             RunFailedError: if the run has failed elsewhere, or the workers are at different places.
             ServerLostError: if the server has ended, or ``timeout_s`` is over.
@@ -168,15 +149,27 @@ class ParameterClient:
         self._stop_computing()
         started = time.monotonic()
         self._send("sync", place=place, detail=detail, pull=pull, **self._take_times())
-        self._receive_weights("synced", deadline=started + timeout_s)
+        message = self._receive_weights("synced", deadline=started + timeout_s)
         self._wait_s += time.monotonic() - started
         if not pull:
             self.start_computing()
+        thresholds: dict[str, int] = message["thresholds"]
+        return thresholds
 
     def pull(self) -> None:
         """Pull the weights of now, without waiting for anybody (also when the run has failed)."""
         self._send("pull")
         self._receive_weights("synced", failed_too=True)
+
+    def set_thresholds(self, thresholds: Mapping[str, int]) -> None:
+        """Change thresholds of the paradigm; whoever that lets go on gets its OK at once.
+
+        Raises:
+            ValueError: if the paradigm has no such thresholds, or for an impossible value.
+        """
+        refusal = self._ask("thresholds", values=dict(thresholds))
+        if refusal is not None:
+            raise ValueError(refusal)
 
     # --- questions --------------------------------------------------------------------------------------------------
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from lightning_stale.paradigms import Paradigm
 from lightning_stale.parameter_server import memory, wire
 from lightning_stale.parameter_server.layout import Layout
+from lightning_stale.parameter_server.meeting import DifferentPlacesError, Meeting
 from lightning_stale.parameter_server.socket import ServerSocket
-from lightning_stale.parameter_server.statistics import WorkerStatistics
+from lightning_stale.parameter_server.statistics import RunStatistics
 from lightning_stale.parameter_server.store import ParameterStore, Push
 
 log = logging.getLogger(__name__)
@@ -36,8 +37,7 @@ class _Worker:
     pulled: int = -1  # the version that it holds
     message: dict[str, Any] | None = None  # the push whose chunks are on their way
     missing: int = 0  # bytes of it
-    place: tuple[str, str] | None = None  # the meeting point at which it waits
-    pulls: bool = True  # when all have met there
+    pulls: bool = True  # when all have met
     staleness: int = 0  # of its last push
     finished: bool = False
 
@@ -75,7 +75,8 @@ class ParameterServer:
         self._workers: dict[int, _Worker] = {}
         self._by_identity: dict[bytes, _Worker] = {}
         self._round: dict[int, Push] = {}  # BSP: the pushes that wait for the step with their mean
-        self._statistics = [WorkerStatistics(rank) for rank in range(world_size)]
+        self._meeting = Meeting(world_size)
+        self._statistics = RunStatistics(world_size, paradigm.thresholds)
         self._failure: dict[str, str] | None = None
         self._stranger_logged = False
         self._handlers: dict[str, Callable[[_Worker, dict[str, Any]], None]] = {
@@ -83,6 +84,7 @@ class ParameterServer:
             "push": self._on_push,
             "sync": self._on_sync,
             "pull": self._on_pull,
+            "thresholds": self._on_thresholds,
             "optimizer_state": self._on_optimizer_state,
             "snapshot": self._on_snapshot,
             "summary": self._on_summary,
@@ -98,7 +100,8 @@ class ParameterServer:
                 self._paradigm.leave(worker, self._now())
         self._store.version = snapshot["updates"]
         if snapshot["world_size"] == self._world_size:
-            self._statistics = [WorkerStatistics(**worker) for worker in snapshot["workers"]]
+            self._statistics.load_state_dict(snapshot)
+        self._statistics.note_thresholds(self._paradigm.thresholds, self._store.version)
 
     def run(self, lifeline: int, orphaned: Callable[[], bool]) -> None:
         """Serve until every worker has said goodbye, or rank 0 is gone.
@@ -234,9 +237,8 @@ class ParameterServer:
             options=message["options"],
             clip=None if message["clip"] is None else tuple(message["clip"]),
         )
-        statistics = self._statistics[worker.rank]
         worker.staleness = self._store.version - worker.pulled
-        statistics.note_push(worker.staleness, message["wait_s"], message["compute_s"])
+        self._statistics.workers[worker.rank].note_push(worker.staleness, message["wait_s"], message["compute_s"])
         if self._paradigm.averages:
             self._round[worker.rank] = push
         else:
@@ -250,7 +252,7 @@ class ParameterServer:
         for rank in ranks:
             worker = self._workers[rank]
             lead = self._paradigm.lead(rank)
-            self._statistics[rank].note_release(lead)
+            self._statistics.note_release(rank, lead)
             fields = {"clock": self._paradigm.clocks[rank], "lead": lead, "staleness": worker.staleness}
             self._give_weights(worker, "released", **fields)
 
@@ -271,41 +273,46 @@ class ParameterServer:
         if self._failure is not None:
             self._send_failure(worker)
             return
-        self._statistics[worker.rank].note_times(message["wait_s"], message["compute_s"])
+        self._statistics.workers[worker.rank].note_times(message["wait_s"], message["compute_s"])
         if worker.rank in self._paradigm.clocks:  # it pushes no more until all have met: nobody waits for it
             self._release(self._paradigm.leave(worker.rank, self._now()))
-        worker.place, worker.pulls = (message["place"], message["detail"]), message["pull"]
-        if len(self._workers) < self._world_size or any(other.place is None for other in self._workers.values()):
+        worker.pulls = message["pull"]
+        try:
+            met = self._meeting.arrive(worker.rank, message["place"], message["detail"])
+        except DifferentPlacesError as error:
+            self._fail("error", str(error))
             return
-        if len({other.place[0] for other in self._workers.values() if other.place}) > 1:
-            self._fail("error", self._describe_places())
-            return
-        for rank in sorted(self._workers):
-            other = self._workers[rank]
-            other.place = None
-            if other.pulls:
-                self._give_weights(other, "synced")
-            else:
-                self._send(other, "synced", version=other.pulled)
+        for rank in met:
+            self._answer_sync(self._workers[rank])
             self._paradigm.join(rank, self._now())
 
-    def _describe_places(self) -> str:
-        places = "; ".join(
-            f"rank {rank} is at {worker.place[0]} ({worker.place[1]})"
-            for rank, worker in sorted(self._workers.items())
-            if worker.place
-        )
-        return (
-            f"the workers met at different places: {places}. All ranks must come to the same ones: with different "
-            "numbers of batches per rank, validate and save at the end of an epoch (val_check_interval=1.0, "
-            "every_n_train_steps=None) and end with max_epochs instead of max_steps, or give every rank as many "
-            "batches (Trainer(limit_train_batches=...)); set trainer.should_stop on all ranks or none."
-        )
+    def _answer_sync(self, worker: _Worker) -> None:
+        thresholds = self._paradigm.thresholds
+        if worker.pulls:
+            self._give_weights(worker, "synced", thresholds=thresholds)
+        else:
+            self._send(worker, "synced", version=worker.pulled, thresholds=thresholds)
+
+    # --- thresholds -------------------------------------------------------------------------------------------------
+
+    def _on_thresholds(self, worker: _Worker, message: dict[str, Any]) -> None:
+        if not all(isinstance(name, str) for name in message["values"]):
+            raise wire.WireError(f"thresholds={message['values']!r}")
+        try:
+            released = self._paradigm.set_thresholds(self._now(), **message["values"])
+        except ValueError as error:
+            self._reply(worker, str(error))
+            return
+        self._statistics.note_thresholds(self._paradigm.thresholds, self._store.version)
+        if self._failure is None:  # who waits knows of it
+            self._release(released)
+        self._reply(worker, None)
 
     # --- questions --------------------------------------------------------------------------------------------------
 
     def _on_pull(self, worker: _Worker, message: dict[str, Any]) -> None:
-        self._give_weights(worker, "synced")
+        worker.pulls = True
+        self._answer_sync(worker)
 
     def _on_optimizer_state(self, worker: _Worker, message: dict[str, Any]) -> None:
         if not 0 <= message["optimizer"] < len(self._store.optimizers):
@@ -320,18 +327,14 @@ class ParameterServer:
                 "state": self._paradigm.state_dict(),
                 "updates": self._store.version,
                 "world_size": self._world_size,
-                "workers": [statistics.state_dict() for statistics in self._statistics],
+                **self._statistics.state_dict(),
             },
         )
 
     def _on_summary(self, worker: _Worker, message: dict[str, Any]) -> None:
         self._reply(
             worker,
-            {
-                "paradigm": repr(self._paradigm),
-                "updates": self._store.version,
-                "workers": [statistics.summary() for statistics in self._statistics],
-            },
+            {"paradigm": repr(self._paradigm), "updates": self._store.version, **self._statistics.summary()},
         )
 
     def _reply(self, worker: _Worker, value: Any) -> None:

@@ -1,7 +1,8 @@
-"""What is counted about each worker: pushes, leads, staleness and times."""
+"""What is counted: pushes, leads, staleness and times of each worker, and leads under each set of thresholds."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -54,3 +55,54 @@ class WorkerStatistics:
     def state_dict(self) -> dict[str, Any]:
         """Return the fields, from which the constructor makes an equal object."""
         return asdict(self)
+
+
+@dataclass
+class Phase:
+    """From one change of the thresholds to the next."""
+
+    thresholds: dict[str, int]
+    since: int  # the updates before it
+    max_lead: int = 0  # at release, so never above the bound in force
+
+
+class RunStatistics:
+    """Counts of all workers.
+
+    Args:
+        world_size: the number of workers.
+        thresholds: those of the start.
+    """
+
+    def __init__(self, world_size: int, thresholds: Mapping[str, int]) -> None:
+        self.workers = [WorkerStatistics(rank) for rank in range(world_size)]
+        self.phases = [Phase(dict(thresholds), since=0)]
+
+    def note_release(self, rank: int, lead: int) -> None:
+        """Count an OK for ``rank`` with ``lead``."""
+        self.workers[rank].note_release(lead)
+        self.phases[-1].max_lead = max(self.phases[-1].max_lead, lead)
+
+    def note_thresholds(self, thresholds: Mapping[str, int], updates: int) -> None:
+        """Begin a new phase after ``updates`` updates, if ``thresholds`` are not those of this one."""
+        if thresholds != self.phases[-1].thresholds:
+            self.phases.append(Phase(dict(thresholds), since=updates))
+
+    def summary(self) -> dict[str, Any]:
+        """Return the phases and workers of ``StaleSyncStrategy.summary()``."""
+        return {
+            "phases": [asdict(phase) for phase in self.phases],
+            "workers": [worker.summary() for worker in self.workers],
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all counts as plain numbers, lists and dicts."""
+        return {
+            "phases": [asdict(phase) for phase in self.phases],
+            "workers": [worker.state_dict() for worker in self.workers],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from the counts of ``state``, of as many workers."""
+        self.workers = [WorkerStatistics(**worker) for worker in state["workers"]]
+        self.phases = [Phase(**phase) for phase in state["phases"]]

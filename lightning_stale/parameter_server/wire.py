@@ -37,6 +37,7 @@ SCHEMA: dict[str, dict[str, type | tuple[type, ...]]] = {
     "chunk": {"offset": int},
     "sync": {"place": str, "detail": str, "pull": bool, "wait_s": float, "compute_s": float},
     "pull": {},
+    "thresholds": {"values": dict},  # names and new values; the reply is None, or what is wrong with them
     "optimizer_state": {"optimizer": int},
     "snapshot": {},
     "summary": {},
@@ -45,7 +46,7 @@ SCHEMA: dict[str, dict[str, type | tuple[type, ...]]] = {
     # server -> worker
     "welcome": {"path": str, "token": bytes, "nbytes": int},
     "released": {"version": int, "clock": int, "lead": int, "staleness": int, "nbytes": int},
-    "synced": {"version": int, "nbytes": int},
+    "synced": {"version": int, "thresholds": dict, "nbytes": int},
     "reply": {"nbytes": int},
     "failed": {"kind": str, "text": str},
     "aborted": {"cause": str},  # the failure that came before, if any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import uuid
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -17,12 +18,12 @@ from lightning_stale.paradigms import Paradigm, as_paradigm
 from lightning_stale.parameter_server import memory
 from lightning_stale.parameter_server.client import (
     CONNECT_TIMEOUT_S,
-    Endpoint,
     ParameterClient,
     Release,
     ServerLostError,
     Transport,
 )
+from lightning_stale.parameter_server.endpoint import Endpoint
 from lightning_stale.parameter_server.layout import Layout
 from lightning_stale.parameter_server.process import ServerProcess
 from lightning_stale.parameter_server.wire import WireError
@@ -61,7 +62,7 @@ class StaleSyncStrategy(StaleStrategy):
         >>> strategy = StaleSyncStrategy(paradigm=DSSP(lower=3, upper=15))
         >>> trainer = Trainer(accelerator="cpu", devices=1, strategy=strategy, logger=False, enable_checkpointing=False)
         >>> trainer.strategy.summary()
-        {'paradigm': 'DSSP(lower=3, upper=15, enforce_upper=True)', 'updates': 0, 'workers': []}
+        {'paradigm': 'DSSP(lower=3, upper=15, enforce_upper=True)', 'updates': 0, 'phases': [], 'workers': []}
     """
 
     def __init__(self, *, paradigm: str | Paradigm = "dssp", transport: Transport = "auto", **kwargs: Any) -> None:
@@ -77,15 +78,17 @@ class StaleSyncStrategy(StaleStrategy):
         self._exchange: Exchange | None = None
         self._snapshot: Mapping[str, Any] | None = None  # of the checkpoint that fit resumes from
         self._last_snapshot: Mapping[str, Any] | None = None  # of the server when fit had ended
-        self._summary: dict[str, Any] = {"paradigm": repr(self.paradigm), "updates": 0, "workers": []}
+        self._summary: dict[str, Any] = {"paradigm": repr(self.paradigm), "updates": 0, "phases": [], "workers": []}
 
     def summary(self) -> dict[str, Any]:
         """Return what was counted, on every rank, while ``fit`` runs and after it.
 
         Returns:
-            ``{"paradigm": str, "updates": int, "workers": [...]}`` with a dict per worker: ``rank``, ``pushes``,
-            ``max_lead`` and ``mean_lead`` (clocks, at release), ``max_staleness`` and ``mean_staleness`` (updates),
-            ``wait_s`` and ``compute_s`` (seconds).
+            ``{"paradigm": str, "updates": int, "phases": [...], "workers": [...]}``: the paradigm as it is now, with a
+            dict per worker: ``rank``, ``pushes``, ``max_lead`` and ``mean_lead`` (clocks, at release),
+            ``max_staleness`` and ``mean_staleness`` (updates), ``wait_s`` and ``compute_s`` (seconds); and one per
+            setting of the thresholds, see :meth:`set_thresholds`: ``thresholds``, ``since`` (the updates before it) and
+            ``max_lead`` of all workers under it.
         """
         if self._client is not None and self._client.failure is None:
             self._summary = self._client.summary()
@@ -95,6 +98,39 @@ class StaleSyncStrategy(StaleStrategy):
     def last_release(self) -> Release | None:
         """The last OK of this worker, while ``fit`` runs."""
         return None if self._client is None else self._client.last_release
+
+    def set_thresholds(self, **thresholds: int) -> None:
+        """Change thresholds of the paradigm: those of the next ``fit``, or from now on while it runs.
+
+        The call of global rank 0 counts, wherever in training it comes (a callback, ``training_step``); others may make
+        it or not. :attr:`paradigm` of the other ranks follows at the next meeting point. Nobody waits for anybody here,
+        and a worker that a raised threshold lets go on does so at once; where a threshold falls, workers that are too
+        far ahead wait after their next push. A run that resumes from a checkpoint begins with the thresholds that its
+        paradigm was made with, unless a :class:`~lightning_stale.ThresholdSchedule` has changed them.
+
+        Args:
+            **thresholds: under the names that the paradigm has for them, ``threshold=8`` or ``lower=1, upper=6``; those
+                left out stay as they are.
+
+        Raises:
+            ValueError: if the paradigm has no such thresholds, or for an impossible value.
+
+        Example::
+
+            >>> from lightning_stale import StaleSyncStrategy
+            >>> strategy = StaleSyncStrategy(paradigm="dssp")
+            >>> strategy.set_thresholds(upper=6)
+            >>> strategy.paradigm
+            DSSP(lower=3, upper=6, enforce_upper=True)
+        """
+        changed = copy.deepcopy(self.paradigm)
+        changed.set_thresholds(0.0, **thresholds)
+        client = self._client
+        if client is not None and not self.is_global_zero:
+            return  # they follow from the server, at a meeting point
+        if client is not None:
+            self._guard(lambda: client.set_thresholds(thresholds))
+        self.paradigm = changed
 
     # --- training ---------------------------------------------------------------------------------------------------
 
@@ -113,7 +149,7 @@ class StaleSyncStrategy(StaleStrategy):
             raise RunFailedError("error", "a worker ended before training started; it says why") from error
         endpoint = self._share_endpoint()
         self._client = ParameterClient(endpoint, self.global_rank, self.transport, self._check_signals)
-        self._guard(lambda: self._require_client().meet("the start of fit", "step 0", timeout_s=2 * CONNECT_TIMEOUT_S))
+        self._meet_at_server("the start of fit", timeout_s=2 * CONNECT_TIMEOUT_S)
         assert self.lightning_module is not None
         self._exchange = Exchange(
             self._client,
@@ -180,13 +216,19 @@ class StaleSyncStrategy(StaleStrategy):
     def meet(self, place: str) -> None:
         if self._client is None:  # sanity validation, or after fit
             return
-        client, step = self._client, self._require_trainer().global_step
         if self._exchange is not None:
             self._exchange.look_for_changes()
-        self._guard(lambda: client.meet(place, f"step {step}"))
+        self._meet_at_server(place)
         if self._exchange is not None:
             self._exchange.spread()
         self._agree_on_buffers()
+
+    def _meet_at_server(self, place: str, **options: Any) -> None:
+        client, step = self._require_client(), self._require_trainer().global_step
+        thresholds = self._guard(lambda: client.meet(place, f"step {step}", **options))
+        if thresholds != self.paradigm.thresholds:  # rank 0 has changed them
+            self.paradigm = copy.deepcopy(self.paradigm)
+            self.paradigm.set_thresholds(0.0, **thresholds)
 
     def report(self, exception: BaseException) -> None:
         client = self._client
@@ -202,8 +244,7 @@ class StaleSyncStrategy(StaleStrategy):
         """
         if self._client is None or self.world_size == 1 or group is not None or self._require_trainer().interrupted:
             return
-        client, step = self._client, self._require_trainer().global_step
-        self._guard(lambda: client.meet(f"a collective operation ({name})", f"step {step}", pull=False))
+        self._meet_at_server(f"a collective operation ({name})", pull=False)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 

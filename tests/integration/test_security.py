@@ -20,7 +20,7 @@ from torch import Tensor
 import lightning_stale.parameter_server
 from lightning_stale import StaleSyncStrategy
 from lightning_stale.parameter_server import wire
-from lightning_stale.parameter_server.client import Endpoint
+from lightning_stale.parameter_server.endpoint import Endpoint
 from lightning_stale.parameter_server.socket import KeyPair
 from tests.integration.harness import signal_test, wait_for_file, workers
 from tests.integration.models import Regression, assert_same, loader, trainer, weights

@@ -133,6 +133,7 @@ def test_other_ranks_do_not_sleep(clock: SimpleNamespace) -> None:
 SUMMARY = {
     "paradigm": "SSP(threshold=2)",
     "updates": 1234,
+    "phases": [{"thresholds": {"threshold": 2}, "since": 0, "max_lead": 2}],
     "workers": [
         {
             "rank": 0,
@@ -181,9 +182,20 @@ def test_the_table_fits_80_columns() -> None:
 
 
 def test_the_table_of_nobody() -> None:
-    lines = rendered({"paradigm": "ASP()", "updates": 0, "workers": []})
+    lines = rendered({"paradigm": "ASP()", "updates": 0, "phases": [], "workers": []})
     assert "ASP(): 0 updates" in lines[0]
     assert any("rank" in line for line in lines)
+
+
+def test_the_table_tells_of_changed_thresholds() -> None:
+    phases = [
+        {"thresholds": {"lower": 1, "upper": 9}, "since": 0, "max_lead": 8},
+        {"thresholds": {"lower": 1, "upper": 4}, "since": 700, "max_lead": 3},
+    ]
+    text = "\n".join(rendered({**SUMMARY, "phases": phases}))
+    assert "from update 0: lower=1, upper=9, largest lead 8" in text
+    assert "from update 700: lower=1, upper=4, largest lead 3" in text
+    assert "from update" not in "\n".join(rendered(SUMMARY))
 
 
 def quiet_trainer(strategy: Any) -> Trainer:
@@ -224,7 +236,8 @@ def test_the_monitor_logs_the_last_ok(clock: SimpleNamespace, prog_bar: bool) ->
     monitor.on_train_batch_start(trainer, module, batch, 1)  # type: ignore[arg-type]
     clock.now += 2.0
     monitor.on_train_batch_end(trainer, module, None, batch, 1)  # type: ignore[arg-type]
-    ((values, options),) = module.calls
+    (values, options), (bounds, further) = module.calls
+    assert (bounds, further.get("prog_bar", False)) == ({"staleness/threshold": 2.0}, False)
     assert values == {
         "staleness/lead": 2.0,
         "staleness/gradient": 3.0,
@@ -235,7 +248,7 @@ def test_the_monitor_logs_the_last_ok(clock: SimpleNamespace, prog_bar: bool) ->
 
     module.calls.clear()
     monitor.on_train_batch_end(trainer, module, None, object(), 2)  # type: ignore[arg-type]
-    ((values, _),) = module.calls
+    (values, _), _ = module.calls
     assert "staleness/samples_per_s" not in values, "the size of such a batch is not known"
 
 

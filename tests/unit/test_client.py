@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lightning_stale.parameter_server.client import Endpoint
+from lightning_stale.parameter_server.endpoint import Endpoint
 from lightning_stale.parameter_server.layout import Layout
 from lightning_stale.parameter_server.socket import KeyPair
 

@@ -7,6 +7,7 @@ import io
 import itertools
 import math
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -408,6 +409,194 @@ def test_controller_takes_the_slowest_whose_push_is_oldest() -> None:
     paradigm.push(1, 8.0)
     paradigm.push(2, 8.5)  # I_1 = 3, I_2 = 5.5: now 1 is the older one, 11 at i = 3
     assert paradigm.controller(0, 8.0) == 3
+
+
+# --- thresholds that change ---------------------------------------------------------------------------------------
+
+# "set threshold=2 -> 0 1": who is released by it
+CHANGES: dict[str, tuple[Paradigm, str]] = {
+    "ssp: a rising threshold releases at once, the oldest first, and only who is within it": (
+        SSP(0),
+        """
+        join 0; join 1; join 2; push 2 ->; push 1 ->; set threshold=1 -> 2 1
+        push 1 ->; push 2 ->; set threshold=2 -> 1 2; push 2 ->; push 1 ->; push 0 -> 0 2 1
+        """,
+    ),
+    "ssp: some of those who wait are still too far ahead": (
+        SSP(2),
+        """
+        join 0; join 1; join 2; push 0 -> 0; push 0 -> 0; push 0 ->
+        set threshold=0 ->; push 1 ->; set threshold=1 -> 1; push 2 -> 2; push 1 -> 1; set threshold=2 -> 0
+        """,
+    ),
+    "ssp: who is ahead of a falling threshold waits after its next push, until it is within it": (
+        SSP(3),
+        """
+        join 0; join 1; push 0 -> 0; push 0 -> 0; push 0 -> 0; set threshold=1 ->
+        push 0 ->; push 1 -> 1; push 1 -> 1; push 1 -> 1 0; push 0 ->; push 1 -> 1 0
+        """,
+    ),
+    "ssp: it may leave while it waits": (
+        SSP(2),
+        """
+        join 0; join 1; push 0 -> 0; push 0 -> 0; set threshold=0 ->
+        push 0 ->; push 1 -> 1; leave 1 -> 0; push 0 -> 0
+        """,
+    ),
+    "ssp: nobody is here yet": (SSP(1), "set threshold=0 ->; join 0; join 1; push 0 ->; push 1 -> 1 0"),
+    "dssp: lower rises": (
+        DSSP(0, 3),
+        "join 0; join 1; push 0 ->; set upper=5 ->; set lower=1 -> 0; push 0 ->; set lower=4 upper=4 -> 0; push 0 -> 0",
+    ),
+    # as in TABLES: at 7 a grant of two with lead 2, i.e. one more OK, with lead 3
+    "dssp: where upper falls, credit is cut to what it leaves": (
+        DSSP(lower=1, upper=3),
+        f"{TWO_SLOW_PUSHES}; push 0 -> 0 @ 7; set upper=2 -> @ 7.5; push 0 -> @ 8; push 1 -> 1 @ 9; push 1 -> 1 0 @ 12",
+    ),
+    "dssp: credit that upper still leaves stays": (
+        DSSP(lower=1, upper=4),
+        f"{TWO_SLOW_PUSHES}; push 0 -> 0 @ 7; set upper=3 -> @ 7.5; push 0 -> 0 @ 8; push 0 -> @ 8.5",
+    ),
+    "dssp: where upper rises, credit does not": (
+        DSSP(lower=1, upper=3),
+        f"{TWO_SLOW_PUSHES}; push 0 -> 0 @ 7; set upper=9 -> @ 7.5; push 0 -> 0 @ 8; push 0 -> @ 9",
+    ),
+    "dssp as printed: credit stays, since upper bounds nothing": (
+        DSSP(lower=1, upper=3, enforce_upper=False),
+        f"{TWO_SLOW_PUSHES}; push 0 -> 0 @ 7; set upper=1 -> @ 7.5; push 0 -> 0 @ 8; push 0 -> 0 @ 9; push 0 -> @ 10",
+    ),
+    # from its OK at 8, worker 0 has I = 2 at 10: 10, 12 reach the 12 of worker 1 at i = 1, and at 12 i = 0 does
+    "dssp: processing time runs from the OK that comes with a change": (
+        DSSP(lower=0, upper=0),
+        """
+        join 0 @ 0; join 1 @ 0; push 0 -> @ 1; push 1 -> 1 0 @ 3; push 0 -> @ 4; push 1 -> 1 0 @ 6; push 0 -> @ 7
+        set lower=1 upper=6 -> 0 @ 8; push 0 -> 0 @ 10; push 0 -> @ 12
+        """,
+    ),
+}
+
+
+def happen_or_set(paradigm: Paradigm, name: str, argument: Any, time: float) -> list[int]:
+    if name == "set":
+        return paradigm.set_thresholds(time, **argument)
+    return apply_event(paradigm, (name, argument, time))
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_tables_of_changes(name: str) -> None:
+    paradigm, table = CHANGES[name]
+    paradigm = copy.deepcopy(paradigm)
+    expected, seen = [], []
+    for line in filter(str.strip, table.replace("\n", ";").split(";")):
+        text, _, time = line.partition("@")
+        event, _, released = text.partition("->")
+        kind, *words = event.split()
+        values = {key: int(value) for key, value in (word.split("=") for word in words)} if kind == "set" else None
+        argument = int(words[0]) if values is None else values
+        expected.append((line, [int(p) for p in released.split()]))
+        seen.append((line, happen_or_set(paradigm, kind, argument, float(time or len(seen)))))
+    assert seen == expected
+
+
+@st.composite
+def changing(draw: st.DrawFn) -> tuple[Paradigm, dict[int, dict[str, int]]]:
+    """An SSP or bounded DSSP, and new thresholds before some of the events of a trace."""
+    ssp = draw(st.booleans())
+    thresholds = (
+        st.builds(lambda t: {"threshold": t}, st.integers(0, 5))
+        if ssp
+        else st.builds(lambda low, room: {"lower": low, "upper": low + room}, st.integers(0, 3), st.integers(0, 5))
+    )
+    first = draw(thresholds)
+    changes = draw(st.dictionaries(st.integers(0, 60), thresholds, min_size=1, max_size=6))
+    return (SSP(**first) if ssp else DSSP(**first)), changes
+
+
+@settings(moderate, max_examples=300)
+@given(changing(), st.one_of(raw_events, periodic_events()))
+def test_with_changing_thresholds_no_ok_is_above_the_bound_in_force_and_nobody_waits_for_ever(
+    setting: tuple[Paradigm, dict[int, dict[str, int]]], raw: list[RawEvent]
+) -> None:
+    paradigm, changes = setting
+    waiting: list[int] = []  # oldest first
+    count = itertools.count()
+
+    def check(released: list[int]) -> None:
+        bound = max(paradigm.thresholds.values())
+        assert all(paradigm.lead(worker) <= bound for worker in released)
+        assert [worker for worker in waiting if worker in released] == [w for w in released if w in waiting]
+        waiting[:] = [worker for worker in waiting if worker not in released]
+        assert not waiting or set(paradigm.clocks) - set(waiting), "all present workers wait"
+
+    def happen(event: Event) -> list[int]:
+        change = changes.get(next(count))
+        if change is not None:
+            lowest = min(change.values())
+            expected = [worker for worker in waiting if paradigm.lead(worker) <= lowest]
+            released = paradigm.set_thresholds(event[2], **change)
+            assert released == expected, "those within the bound of all, oldest first, and nobody else"
+            assert paradigm.thresholds == change
+            check(released)
+        name, worker, _ = event
+        if name == "push" and worker in waiting:
+            return []  # it waits: it cannot push
+        released = apply_event(paradigm, event)
+        if name == "leave" and worker in waiting:
+            waiting.remove(worker)
+        check(released)
+        if name == "push" and worker not in released:
+            waiting.append(worker)
+        return released
+
+    trace = play(raw, happen)
+    now = trace[-1][0][2] if trace else 0.0
+    for _ in range(300):  # those who do not wait go on: everybody comes out
+        if not waiting:
+            break
+        happen(("push", min(set(paradigm.clocks) - set(waiting), key=lambda p: paradigm.clocks[p]), now))
+    assert not waiting
+
+
+@moderate
+@given(changing(), st.one_of(raw_events, periodic_events()))
+def test_changes_go_on_from_a_state_under_thresholds_from_elsewhere(
+    setting: tuple[Paradigm, dict[int, dict[str, int]]], raw: list[RawEvent]
+) -> None:
+    """Thresholds are no part of the state: one made with the new ones, given the state, is where a change leads."""
+    paradigm, changes = setting
+    play(raw, lambda event: apply_event(paradigm, event))
+    for change in changes.values():
+        paradigm.set_thresholds(100.0, **change)
+        other = type(paradigm)(**change)
+        other.load_state_dict(paradigm.state_dict())
+        assert repr(other) == repr(paradigm)
+        assert other.state_dict() == paradigm.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("paradigm", "thresholds", "text"),
+    [
+        *((SSP(2), {"threshold": v}, f"SSP(threshold={v!r}): threshold counts") for v in (-1, True, 1.5, "3", None)),
+        *((DSSP(1, 3), {"upper": v}, f"DSSP(upper={v!r}): upper counts") for v in (-1, False, 2.0)),
+        (DSSP(1, 3), {"lower": 4}, "DSSP(lower=4, upper=3): lower must not exceed upper"),
+        (DSSP(1, 3), {"upper": 0}, "DSSP(lower=1, upper=0): lower must not exceed upper"),
+        (DSSP(1, 3), {"threshold": 2}, "set_thresholds(threshold=2): DSSP has lower and upper, e.g. set_thresholds(lo"),
+        (SSP(2), {"threshold": 1, "upper": 2}, "SSP has threshold, e.g. set_thresholds(threshold=2)"),
+        (SSP(2), {}, "set_thresholds(): SSP has threshold"),
+        (BSP(), {"threshold": 2}, "BSP has no threshold to change: use ssp or dssp"),
+        (ASP(), {"upper": 2}, "ASP has no threshold to change: use ssp or dssp"),
+    ],
+    ids=repr,
+)
+def test_impossible_changes_are_refused_with_the_value(
+    paradigm: Paradigm, thresholds: dict[str, Any], text: str
+) -> None:
+    paradigm = copy.deepcopy(paradigm)
+    paradigm.join(0, 0.0)
+    before, thresholds_before = paradigm.state_dict(), paradigm.thresholds
+    with pytest.raises(ValueError, match=re.escape(text)):
+        paradigm.set_thresholds(1.0, **thresholds)
+    assert (paradigm.state_dict(), paradigm.thresholds) == (before, thresholds_before)
 
 
 # --- speed: the figures of design/algorithms.md -------------------------------------------------------------------

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import collections
+import copy
 import errno
 import io
 import logging
 import os
+import re
 import select
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -445,6 +447,127 @@ def test_pull_waits_for_nobody() -> None:
     assert_weights(harness.weights(1, message), -LR)
 
 
+# --- thresholds ---------------------------------------------------------------------------------------------------
+
+
+def test_a_raised_threshold_lets_waiting_workers_go_on_at_once_oldest_first() -> None:
+    harness = Harness(SSP(0), world_size=4)
+    harness.start()
+    order: list[int] = []
+    send_to = harness.server._send_to
+
+    def send(worker: Any, *frames: Any) -> None:
+        order.extend([worker.rank] if wire.decode_message(bytes(frames[0]))["type"] == "released" else [])
+        send_to(worker, *frames)
+
+    harness.server._send_to = send  # type: ignore[method-assign]
+    for rank in (2, 1, 3):
+        harness.push(rank, 1.0)
+    assert order == []
+    assert harness.ask(0, "thresholds", values={"threshold": 1}) is None
+    assert order == [2, 1, 3]
+    for rank in (2, 1, 3):
+        message = harness.released(rank)
+        assert (message["version"], message["lead"]) == (3, 1)
+        assert_weights(harness.weights(rank, message), -LR * 3.0)
+    harness.push(2)
+    assert harness.take(2) == [], "two ahead"
+
+
+def test_who_is_too_far_ahead_of_a_lowered_threshold_waits_after_its_next_push() -> None:
+    harness = Harness(SSP(3))
+    harness.start()
+    for _ in range(3):
+        harness.push(1)
+        harness.released(1)
+    assert harness.ask(0, "thresholds", values={"threshold": 1}) is None
+    assert harness.take(1) == []
+    harness.push(1)  # clock 4
+    leads = []
+    for _ in range(4):
+        harness.push(0)
+        harness.released(0)
+        leads += [message["lead"] for message in harness.take(1)]
+    assert leads == [1], "clock 4 goes on when the other is at 3"
+
+
+def test_leads_are_counted_under_the_thresholds_in_force() -> None:
+    harness = Harness(SSP(3))
+    harness.start()
+    for _ in range(3):
+        harness.push(1)
+    harness.take(1)
+    for threshold in (1, 1):  # no change, no phase
+        harness.ask(0, "thresholds", values={"threshold": threshold})
+    harness.push(0)
+    harness.take(0)
+    harness.ask(0, "thresholds", values={"threshold": 2})
+    summary = harness.ask(0, "summary")
+    assert summary["paradigm"] == "SSP(threshold=2)"
+    phases = [
+        {"thresholds": {"threshold": 3}, "since": 0, "max_lead": 3},
+        {"thresholds": {"threshold": 1}, "since": 3, "max_lead": 0},
+        {"thresholds": {"threshold": 2}, "since": 4, "max_lead": 0},
+    ]
+    assert summary["phases"] == phases
+    snapshot = harness.ask(0, "snapshot")
+    assert torch.load(saved(snapshot), weights_only=True) == snapshot
+    for paradigm, more in ((SSP(2), []), (SSP(7), [{"thresholds": {"threshold": 7}, "since": 4, "max_lead": 0}])):
+        resumed = Harness(paradigm)
+        resumed.server.resume(snapshot)
+        resumed.start()
+        assert resumed.ask(1, "summary")["phases"] == phases + more
+
+
+def test_all_workers_learn_the_thresholds_where_they_meet() -> None:
+    harness = Harness(DSSP(1, 5))
+    harness.start()
+    assert harness.ask(1, "thresholds", values={"upper": 9}) is None
+    for rank in (0, 1):
+        harness.sync(rank, "a collective operation", pull=rank == 0)
+    assert [harness.take(rank)[0]["thresholds"] for rank in (0, 1)] == [{"lower": 1, "upper": 9}] * 2
+    harness.send(1, "pull")
+    assert harness.take(1)[0]["thresholds"] == {"lower": 1, "upper": 9}
+
+
+@pytest.mark.parametrize(
+    ("paradigm", "values", "text"),
+    [
+        (SSP(2), {"threshold": -1}, r"SSP\(threshold=-1\): threshold counts clocks and must be an integer >= 0"),
+        (SSP(2), {"threshold": True}, r"SSP\(threshold=True\)"),
+        (SSP(2), {"threshold": 1.5}, r"SSP\(threshold=1.5\)"),
+        (SSP(2), {"threshold": [1]}, r"SSP\(threshold=\[1\]\)"),
+        (SSP(2), {"now": 3}, r"set_thresholds\(now=3\): SSP has threshold"),
+        (SSP(2), {"self": 3}, r"set_thresholds\(self=3\): SSP has threshold"),
+        (SSP(2), {}, r"set_thresholds\(\): SSP has threshold"),
+        (DSSP(1, 3), {"lower": 4}, r"DSSP\(lower=4, upper=3\): lower must not exceed upper"),
+        (DSSP(1, 3), {"enforce_upper": 0}, r"enforce_upper=0\): DSSP has lower and upper"),
+        (BSP(), {"threshold": 1}, "BSP has no threshold to change: use ssp or dssp"),
+        (ASP(), {"threshold": 1}, "ASP has no threshold to change: use ssp or dssp"),
+    ],
+    ids=repr,
+)
+def test_impossible_thresholds_are_answered_and_change_nothing(
+    paradigm: Paradigm, values: dict[str, Any], text: str
+) -> None:
+    harness = Harness(copy.deepcopy(paradigm))
+    harness.start()
+    assert re.search(text, harness.ask(1, "thresholds", values=values))
+    assert harness.take(0) == []
+    assert repr(harness.paradigm) == repr(paradigm)
+    assert len(harness.ask(0, "summary")["phases"]) == 1
+
+
+def test_thresholds_after_a_failure_release_nobody() -> None:
+    harness = Harness(SSP(0), world_size=3)
+    harness.start()
+    harness.push(1)
+    harness.send(2, "abort", kind="error", text="raised")
+    harness.take(0), harness.take(1)
+    assert harness.ask(0, "thresholds", values={"threshold": 1}) is None
+    assert harness.take(1) == [], "it has been told of the failure instead"
+
+
 # --- questions ----------------------------------------------------------------------------------------------------
 
 
@@ -458,6 +581,7 @@ def test_summary_counts() -> None:
     assert harness.ask(1, "summary") == {
         "paradigm": "SSP(threshold=2)",
         "updates": 3,
+        "phases": [{"thresholds": {"threshold": 2}, "since": 0, "max_lead": 2}],
         "workers": [
             {
                 "rank": 0,
@@ -718,6 +842,8 @@ PUSH = {"optimizer": 0, "used": ALL, "options": [{}], "clip": None, "nbytes": 28
         ([wire.encode_message("push", **{**PUSH, "optimizer": -1})], "a push for optimizer -1"),
         ([wire.encode_message("push", **{**PUSH, "used": [True]})], "a push for 1 parameters"),
         ([wire.encode_message("optimizer_state", optimizer=3)], "a question about optimizer 3"),
+        ([wire.encode_message("thresholds", values={b"threshold": 1})], "thresholds={b'threshold': 1}"),
+        ([wire.encode_message("thresholds", values=[3])], "a 'thresholds' message with values=[3]"),
         ([wire.encode_message("chunk", offset=0), b"1234"], "a chunk of 4 bytes at 0 that belongs to no push"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -28,6 +28,7 @@ VALUES: dict[type, st.SearchStrategy[Any]] = {
     str: st.text(max_size=20),
     bytes: st.binary(max_size=20),
     list: lists,
+    dict: st.dictionaries(st.text(max_size=4), plain, max_size=3),
     type(None): st.none(),
 }
 
