@@ -1,0 +1,34 @@
+"""The examples in the docstrings of the recipes run."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+from tests.integration.harness import ROOT
+
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for folder in ("models", "data")
+    for path in (ROOT / "recipes" / folder).glob("[a-z]*.py")
+)
+
+
+@pytest.mark.parametrize("name", ["recipes.classifier", *MODULES])
+def test_examples(name: str) -> None:
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_they_are_found() -> None:
+    modules = [importlib.import_module(name) for name in MODULES]
+    examples = [test for module in modules for test in doctest.DocTestFinder().find(module) if test.examples]
+    assert len(examples) >= 9
+
+
+def test_nothing_needs_torchvision() -> None:
+    code = "import sys; sys.modules['torchvision'] = None; import recipes.classifier, recipes.data, recipes.models"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
