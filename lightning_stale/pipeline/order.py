@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch.distributed as dist
@@ -33,9 +35,10 @@ class SharedOrder(Sampler[Any]):
         return len(self.sampler)  # type: ignore[arg-type]
 
     def _shared(self, draws: Iterator[Any]) -> Iterator[Any]:
-        order = [list(draws)]  # as late as without sharing, for the same random numbers
+        order = [list(islice(draws, len(self)))]  # as late as without sharing, for the same random numbers
         dist.broadcast_object_list(order, src=0)
         yield from order[0]
+        deque(draws, maxlen=0)  # who asks beyond the end makes a sampler of torch's draw once more
 
 
 def share_order(loader: DataLoader[Any], batches: Any) -> None:

@@ -87,6 +87,21 @@ def test_whatever_draws_at_random_is_shared_once_and_draws_as_before(options: di
     assert not isinstance(shared[0].sampler, SharedOrder)
 
 
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("exhausting", [False, True])
+def test_the_next_epoch_draws_as_without_sharing(exhausting: bool) -> None:
+    """A generator that lasts sees as many draws, whether the last batch is the end (a Trainer) or not (a for loop)."""
+
+    def epochs(shared: bool) -> list[list[int]]:
+        loader = DataLoader(DATA, batch_size=5, shuffle=True, generator=torch.Generator().manual_seed(3))
+        if shared:
+            share(loader)
+        count = None if exhausting else len(loader)
+        return [[int(x) for (batch,) in itertools.islice(loader, count) for x in batch] for _ in range(3)]
+
+    assert epochs(shared=True) == epochs(shared=False)
+
+
 def test_an_order_without_end_is_an_error_with_the_cure() -> None:
     class Endless(Sampler[int]):
         def __iter__(self) -> Iterator[int]:
