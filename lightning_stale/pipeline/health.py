@@ -20,6 +20,9 @@ class StageFailedError(RuntimeError):
         self.kind = kind
         """``"error"``, ``"interrupt"`` (Ctrl-C) or ``"sigterm"``."""
 
+    def __reduce__(self) -> tuple[type[StageFailedError], tuple[str, str]]:
+        return type(self), (self.kind, str(self))
+
 
 class Health:
     """Each rank lets the others know that it lives, and why it ends, through the rendezvous store.
