@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 
 if "lightning_stale_server" not in sys._xoptions:  # the server process needs torch, and not all of lightning
     from lightning_stale.callbacks import StalenessMonitor, StragglerInjection, ThresholdSchedule
+    from lightning_stale.launchers import hydra_job
     from lightning_stale.strategies import DSPStrategy, HPSGDStrategy, StaleSyncStrategy, register_strategies
     from lightning_stale.strategies.twin import refuse_twin
 
@@ -31,9 +32,9 @@ else:
         """Import the rest after all: the module that defines the user's optimizer may ask for it."""
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from lightning_stale import callbacks, strategies
+        from lightning_stale import callbacks, launchers, strategies
 
-        return getattr(strategies if hasattr(strategies, name) else callbacks, name)
+        return next(getattr(module, name) for module in (strategies, callbacks, launchers) if hasattr(module, name))
 
 
 __all__ = [
@@ -47,4 +48,5 @@ __all__ = [
     "StalenessMonitor",
     "StragglerInjection",
     "ThresholdSchedule",
+    "hydra_job",
 ]

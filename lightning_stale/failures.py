@@ -16,6 +16,9 @@ class RunFailedError(RuntimeError):
         self.kind = kind
         """``"error"``, ``"interrupt"`` (Ctrl-C) or ``"sigterm"``."""
 
+    def __reduce__(self) -> tuple[type[RunFailedError], tuple[str, str]]:
+        return type(self), (self.kind, str(self))
+
 
 def describe(exception: BaseException) -> tuple[FailureKind, str]:
     """Return what the other ranks are told of ``exception``: its kind, and a text to follow "rank 1 "."""

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
-import torch.distributed
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
@@ -20,7 +19,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_stale.failures import RunFailedError
-from lightning_stale.launchers import SummaryLauncher
+from lightning_stale.launchers import ScriptLauncher, SummaryLauncher
+from lightning_stale.launchers.job import current_job, destroy_process_group
 from lightning_stale.strategies import internals
 from lightning_stale.strategies.buffers import Versioned, agree_on_buffers, agree_on_changed
 from lightning_stale.strategies.checks import check_device, check_model, check_optimizers, check_trainer
@@ -30,11 +30,6 @@ from lightning_stale.strategies.twin import refuse_environment
 _T = TypeVar("_T")
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 _PER_BATCH_HOOKS = {"training_step", "on_train_batch_start", "on_train_batch_end", "on_before_optimizer_step"}
-
-
-def _destroy_process_group() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 class StaleStrategy(DDPStrategy):
@@ -95,8 +90,12 @@ class StaleStrategy(DDPStrategy):
 
     def _configure_launcher(self) -> None:
         refuse_environment(self.cluster_environment)
+        current_job()  # ends what a job before this one has left: it looks as if torchrun had started this process
         super()._configure_launcher()
-        if self._start_method != "popen":
+        if self._start_method == "popen":
+            assert self.cluster_environment is not None
+            self._launcher = ScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+        else:
             self._launcher = SummaryLauncher(self, start_method=self._start_method)
 
     def setup_environment(self) -> None:
@@ -106,8 +105,8 @@ class StaleStrategy(DDPStrategy):
         active exception"), and a worker's exit code then makes Lightning kill the others.
         """
         super().setup_environment()
-        atexit.unregister(_destroy_process_group)
-        atexit.register(_destroy_process_group)
+        atexit.unregister(destroy_process_group)
+        atexit.register(destroy_process_group)
 
     def setup(self, trainer: Trainer) -> None:
         """Check, set up as DDP does, and take the collectives out of the batches."""

@@ -13,6 +13,8 @@ from lightning.pytorch.overrides.distributed import _sync_module_states
 from torch.distributed.distributed_c10d import Store, Work, _get_default_store
 from torch.utils.data import DataLoader
 
+from lightning_stale.launchers.internals import is_lost_connection as is_lost_connection
+
 log = logging.getLogger(__name__)
 
 
@@ -85,13 +87,6 @@ def callbacks(trainer: Trainer) -> list[Callback]:
 def note_sigterm(trainer: Trainer) -> None:
     """Let this rank end as if it had received SIGTERM."""
     trainer._signal_connector.received_sigterm = True
-
-
-def is_lost_connection(exception: BaseException) -> bool:
-    """Whether a collective has failed, mostly because another rank is gone; gloo raises a plain ``RuntimeError``."""
-    return isinstance(exception, torch.distributed.DistError) or (
-        isinstance(exception, RuntimeError) and "gloo/" in str(exception)
-    )
 
 
 def validates_by_time(trainer: Trainer) -> bool:

@@ -1,4 +1,4 @@
-"""How worker processes are started."""
+"""Worker processes by spawn and fork."""
 
 from __future__ import annotations
 

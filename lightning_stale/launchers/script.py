@@ -1,0 +1,54 @@
+"""Worker processes that run the user's script again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+from lightning_stale.failures import RunFailedError
+from lightning_stale.launchers import internals
+from lightning_stale.launchers.job import arrive, current_job
+
+_DEATH_S = 10.0
+"""A connection breaks a moment before the process that held it has ended."""
+
+
+class ScriptLauncher(_SubprocessScriptLauncher):
+    """Lightning's launcher by popen; in a Hydra job, each rank gets the job's config, and ends with the job."""
+
+    def launch(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return launch(self, function, *args, **kwargs)
+
+
+def launch(
+    launcher: _SubprocessScriptLauncher, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any
+) -> Any:
+    """Start the ranks, and call ``function(*args, **kwargs)``.
+
+    Lightning starts the app with its whole command line again: under ``--multirun``, each rank would run a sweep of its
+    own. And a rank that dies takes the main process with it; here it ends the job, and the sweep goes on.
+
+    Raises:
+        RunFailedError: if a rank is lost.
+    """
+    job = current_job()
+    if job is None:
+        return internals.lightnings_launch(launcher, function, *args, trainer=trainer, **kwargs)
+    environment, num_processes = launcher.cluster_environment, launcher.num_processes
+    environment.validate_settings(num_devices=num_processes, num_nodes=launcher.num_nodes)
+    try:
+        if environment.creates_processes_externally:
+            arrive()
+        else:
+            internals.announce(launcher)
+            launcher.procs = job.start(num_processes)
+        internals.share_threads(num_processes)
+        return function(*args, **kwargs)
+    except BaseException as error:
+        job.failed = True
+        lost = job.lost(_DEATH_S, any_code=True) if internals.is_lost_connection(error) else None
+        if lost is None:
+            raise
+        raise RunFailedError("error", f"{lost}; what it printed stands above") from error
