@@ -54,6 +54,18 @@ class DSSP(ClockGate):
         self.enforce_upper = enforce_upper
         self._records: dict[int, _Record] = {}
 
+    @classmethod
+    def from_ssp(cls, threshold: int = 3, upper: int = 15, enforce_upper: bool = True) -> DSSP:
+        """Return ``SSP(threshold)`` with credit up to ``upper`` (in configs: ``adaptation=dssp``).
+
+        Example::
+
+            >>> from lightning_stale import DSSP
+            >>> DSSP.from_ssp(threshold=5)
+            DSSP(lower=5, upper=15, enforce_upper=True)
+        """
+        return cls(lower=threshold, upper=upper, enforce_upper=enforce_upper)
+
     @property
     def bound(self) -> int:  # type: ignore[override]
         return self.lower

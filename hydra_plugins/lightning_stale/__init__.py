@@ -1,0 +1,1 @@
+"""What Hydra loads into every app once lightning-stale is installed; imports nothing but Hydra."""

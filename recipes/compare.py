@@ -1,0 +1,124 @@
+"""Compare the runs of a multirun: a table, and accuracy over time as a figure.
+
+A run is named by the overrides in which it differs from the others.
+
+python recipes/train.py -m experiment=digits trainer/strategy=ddp,bsp,ssp,dssp
+python recipes/compare.py outputs/DAY/TIME [--figure FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass
+class Run:
+    """What a run has left in its folder."""
+
+    overrides: dict[str, str]
+    results: dict[str, Any] | None
+    curve: list[tuple[float, float]]
+
+    @classmethod
+    def load(cls, folder: Path) -> Run:
+        """Read a folder; one of a failed run has no results."""
+        overrides = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
+        results, curve = folder / "results.json", folder / "curve.json"
+        return cls(
+            dict(override.split("=", 1) for override in overrides),
+            json.loads(results.read_text()) if results.exists() else None,
+            json.loads(curve.read_text()) if curve.exists() else [],
+        )
+
+
+def load_runs(folder: Path) -> dict[str, Run]:
+    """Return the runs below ``folder`` under names that say in what they differ."""
+    folders = [path.parent for path in folder.glob("**/.hydra")]
+    if not folders:
+        raise SystemExit(f"{folder} has no runs: name the folder of a multirun, e.g. outputs/2026-01-31/12-00-00")
+    runs = [Run.load(path) for path in sorted(folders, key=lambda path: (len(path.name), path.name))]
+    keys = dict.fromkeys(key for run in runs for key in run.overrides)
+    varied = [key for key in keys if len({run.overrides.get(key) for run in runs}) > 1]
+    return {", ".join(_label(key, run.overrides.get(key)) for key in varied) or "run": run for run in runs}
+
+
+def _label(key: str, value: str | None) -> str:
+    return str(value) if key == "trainer/strategy" else f"{key.rpartition('.')[2]}={value}"
+
+
+def make_table(runs: dict[str, Run]) -> Table:
+    """Return the comparison; leads and staleness are means over the workers, and the largest lead."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("run", "time", "waiting", "lead (max)", "staleness", "validation", "test"):
+        table.add_column(heading, justify="left" if heading == "run" else "right")
+    for name, run in runs.items():
+        if run.results is None:
+            table.add_row(name, "failed")
+            continue
+        metrics = run.results["metrics"]
+        time_s = run.curve[-1][0] if run.curve else run.results["seconds"]
+        accuracies = (_percent(metrics.get(name)) for name in ("val_accuracy", "test_accuracy"))
+        table.add_row(name, f"{time_s:.1f} s", *_waiting(run.results["summary"]), *accuracies)
+    return table
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+def _waiting(summary: dict[str, Any] | None) -> tuple[str, str, str]:
+    """Return waiting share, lead and staleness, as far as the strategy counts them."""
+    workers = (summary or {}).get("workers") or []
+    if not workers:
+        return "", "", ""
+    wait_s, compute_s = (sum(worker[key] for worker in workers) for key in ("wait_s", "compute_s"))
+    waiting = f"{wait_s / max(wait_s + compute_s, 1e-9):.0%}"
+    if "mean_lead" not in workers[0]:
+        return waiting, "", ""
+    lead, staleness = (sum(worker[key] for worker in workers) / len(workers) for key in ("mean_lead", "mean_staleness"))
+    return waiting, f"{lead:.1f} ({max(worker['max_lead'] for worker in workers)})", f"{staleness:.1f}"
+
+
+def draw(runs: dict[str, Run], path: Path) -> None:
+    """Draw accuracy over time."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, run in runs.items():
+        if run.curve:
+            seconds, accuracy = zip(*run.curve, strict=True)
+            axes.plot(seconds, [100 * a for a in accuracy], marker="o", markersize=4, label=name)
+    axes.set(xlabel="time (s)", ylabel="validation accuracy (%)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Read, print, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="of a multirun")
+    parser.add_argument("--figure", type=Path, help="by default compare.png in that folder")
+    arguments = parser.parse_args()
+    runs = load_runs(arguments.folder)
+    figure = arguments.figure or arguments.folder / "compare.png"
+    draw(runs, figure)
+    console = Console()
+    console.print(make_table(runs))
+    console.print(f"Accuracy over time: {figure}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

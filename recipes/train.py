@@ -1,0 +1,103 @@
+"""Train an image classifier with any strategy, from a Hydra config (``conf/train.yaml``).
+
+    python recipes/train.py trainer/strategy=dssp trainer.devices=4
+
+``--help`` shows the groups and more examples. Everything of a run is in its folder below ``outputs/``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import hydra
+import lightning as L
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from rich.console import Console
+
+from lightning_stale import hydra_job
+from recipes.provenance import save_provenance
+from recipes.report import results_table, strategy_table
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="train")
+@hydra_job
+def main(config: DictConfig) -> float | None:
+    """Train and test; return the objective to the sweeper."""
+    be_quiet()
+    check()
+    if config.threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(config.threads)  # or Lightning chooses; hydra_job puts it back
+        torch.set_num_threads(config.threads)
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    data = hydra.utils.instantiate(config.data)
+    model = hydra.utils.instantiate(config.model)
+    callbacks = [hydra.utils.instantiate(callback) for callback in config.get("callbacks", {}).values()]
+    loggers = [hydra.utils.instantiate(logger) for logger in config.get("logger", {}).values()]
+    trainer = hydra.utils.instantiate(config.trainer, callbacks=callbacks, logger=loggers)
+    folder = Path(config.output)
+    if trainer.is_global_zero:
+        save_provenance(config, folder)
+
+    started = time.perf_counter()
+    trainer.fit(model, data, ckpt_path=config.ckpt_path)
+    seconds = time.perf_counter() - started
+    metrics = plain(trainer.callback_metrics)
+    summary = trainer.strategy.summary() if hasattr(trainer.strategy, "summary") else None
+    if config.test:
+        trainer.test(model, data, verbose=False)
+        metrics |= plain(trainer.callback_metrics)
+    if not trainer.is_global_zero:
+        return None
+
+    results = {"seconds": seconds, "metrics": metrics, "summary": summary}
+    (folder / "results.json").write_text(json.dumps(results, indent=2))
+    console = Console()
+    console.print(results_table(metrics))
+    if summary is not None:
+        console.print(strategy_table(summary))
+    console.print(f"{seconds:.1f} s, the start of the workers included. Everything is in {folder}", soft_wrap=True)
+    return objective(config.objective, metrics)
+
+
+def be_quiet() -> None:
+    """Leave the terminal to the progress bar and the results; errors and our own warnings are shown."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(lightning|torch)\.")  # not lightning_stale
+
+
+def check() -> None:
+    """Refuse what composes and makes no sense."""
+    chosen = HydraConfig.get().runtime.choices
+    if chosen["adaptation"] == "dssp" and chosen["trainer/strategy"] != "ssp":
+        raise ValueError(
+            f"adaptation=dssp adapts the threshold of ssp, and trainer/strategy={chosen['trainer/strategy']} has none: "
+            "write trainer/strategy=ssp, or leave adaptation=dssp out"
+        )
+
+
+def plain(metrics: Any) -> dict[str, float]:
+    """Return the module's metrics as numbers; LearningRateMonitor's are no results."""
+    return {name: float(value) for name, value in metrics.items() if not name.startswith("lr-")}
+
+
+def objective(name: str, metrics: dict[str, float]) -> float:
+    """Return the metric that the sweeper asked for."""
+    if name not in metrics:
+        raise ValueError(f"objective={name} was not logged: write one of {', '.join(sorted(metrics))}")
+    return metrics[name]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""The packaged configs in any Hydra app, their schemas, and the configs of the recipes."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.plugins import Plugins
+from hydra.errors import ConfigCompositionException, InstantiationException, MissingConfigException
+from hydra.utils import instantiate
+from lightning.pytorch.strategies import Strategy
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+
+import lightning_stale
+from lightning_stale import DSSP, ThresholdSchedule
+from lightning_stale.paradigms import PARADIGMS
+from lightning_stale.strategies.base import StaleStrategy
+
+ROOT = Path(__file__).parents[2]
+TRAINERS_OWN = {"accelerator", "cluster_environment", "checkpoint_io", "precision_plugin"}
+"""What Lightning's Trainer takes itself, or as plugins; the schemas leave it out."""
+
+
+def an_app(folder: Path, config: str = "trainer: {strategy: ddp, devices: 2}") -> Callable[..., DictConfig]:
+    """Return ``compose`` of an app with its own config."""
+    (folder / "config.yaml").write_text(config)
+
+    def compose_app(*overrides: str) -> DictConfig:
+        with initialize_config_dir(str(folder), version_base="1.3"):
+            return compose("config", list(overrides))
+
+    return compose_app
+
+
+def parameters(*functions: Any) -> dict[str, Any]:
+    """Return names and defaults of what can be given by name."""
+    return {
+        name: parameter.default
+        for function in functions
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind != parameter.VAR_KEYWORD
+    }
+
+
+def plain(schema: Any) -> dict[str, Any]:
+    """Return names and defaults of a schema's fields."""
+    return {k: v for k, v in OmegaConf.to_container(OmegaConf.structured(schema)).items() if not k.startswith("_")}
+
+
+# --- schemas ----------------------------------------------------------------------------------------------------------
+
+
+def schemas() -> dict[str, Any]:
+    Plugins.instance()  # has Hydra load its plugins, and ours with them
+    from hydra_plugins.lightning_stale.schemas import SCHEMAS
+
+    return SCHEMAS
+
+
+@pytest.mark.parametrize("name", ["bsp", "asp", "ssp", "dssp", "hpsgd", "dsp"])
+def test_the_schemas_of_strategies_are_their_constructors(name: str) -> None:
+    target = OmegaConf.structured(schemas()[name])["_target_"]
+    cls = getattr(lightning_stale, target.rpartition(".")[2])
+    expected = {k: v for k, v in parameters(cls, StaleStrategy).items() if k not in TRAINERS_OWN}
+    fields = plain(schemas()[name])
+    minutes = fields.pop("timeout")
+    assert minutes == {"_target_": "datetime.timedelta", "minutes": expected.pop("timeout").total_seconds() / 60}
+    if name in PARADIGMS:
+        assert expected.pop("paradigm") in PARADIGMS
+        paradigm = fields.pop("paradigm")
+        assert paradigm.pop("_target_") == f"lightning_stale.{name.upper()}"
+        assert paradigm == {k: v for k, v in parameters(PARADIGMS[name]).items() if k not in ("args", "kwargs")}
+    assert fields == expected
+
+
+def test_the_schemas_of_adaptations_are_their_targets() -> None:
+    assert plain(schemas()["adaptation_schedule"]) == parameters(ThresholdSchedule)
+    assert plain(schemas()["adaptation_dssp"]) | {"threshold": 3} == parameters(DSSP.from_ssp)
+
+
+LOOSER = {"start_method", "transport", "mode", "timeout", "paradigm", "interval", "queues"}
+LOOSER |= {"staleness", "split", "milestones", "outer_optimizer"}
+"""What OmegaConf cannot say as the constructors do (a Literal, say), or is an object of its own."""
+
+
+@pytest.mark.parametrize("name", [*PARADIGMS, "hpsgd", "dsp", "adaptation_schedule", "adaptation_dssp"])
+def test_the_types_of_the_schemas_are_those_of_the_constructors(name: str) -> None:
+    def compare(schema: Any, *functions: Callable[..., Any]) -> None:
+        theirs = {k: v for function in functions for k, v in typing.get_type_hints(function).items()}
+        ours = {k: v for k, v in typing.get_type_hints(schema).items() if not k.startswith("_") and k not in LOOSER}
+        assert ours == {k: theirs[k] for k in ours}
+
+    schema = schemas()[name]
+    if name == "adaptation_dssp":
+        compare(schema, DSSP.from_ssp)
+        return
+    target = OmegaConf.structured(schema)["_target_"]
+    compare(schema, StaleStrategy.__init__, getattr(lightning_stale, target.rpartition(".")[2]).__init__)
+    if name in PARADIGMS:
+        compare(typing.get_type_hints(schema)["paradigm"], PARADIGMS[name].__init__)
+
+
+# --- in any app -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bsp", "asp", "ssp", "dssp", "hpsgd", "dsp"])
+@pytest.mark.parametrize(
+    "config", ["trainer: {strategy: ddp}", "defaults: [_self_]\ntrainer: {strategy: auto}", "a: 1"]
+)
+def test_a_packaged_strategy_takes_the_place_of_the_apps(tmp_path: Path, name: str, config: str) -> None:
+    cfg = an_app(tmp_path, config)(f"+trainer/strategy={name}")
+    assert repr(instantiate(cfg.trainer.strategy)) == repr(L.Trainer(strategy=name, logger=False).strategy)
+
+
+def test_values_reach_the_constructors(tmp_path: Path) -> None:
+    app = an_app(tmp_path)
+    assert app("+trainer/strategy=ssp", "trainer.strategy.paradigm.threshold=5").trainer.devices == 2
+    ssp = instantiate(
+        app("+trainer/strategy=ssp", "trainer.strategy.paradigm.threshold=5", "trainer.strategy.timeout.minutes=1")
+    ).trainer.strategy
+    assert (ssp.paradigm.threshold, ssp._timeout.total_seconds()) == (5, 60)
+    dsp = instantiate(
+        app("+trainer/strategy=dsp", "trainer.strategy.staleness=[4,2,0]", "trainer.strategy.split=[a,b]")
+    )
+    assert (dsp.trainer.strategy.staleness, dsp.trainer.strategy.split) == ([4, 2, 0], ["a", "b"])
+    assert isinstance(dsp.trainer.strategy.split, list)
+    outer = "+trainer.strategy.outer_optimizer={_target_: torch.optim.SGD, _partial_: true, lr: 0.7}"
+    hpsgd = instantiate(app("+trainer/strategy=hpsgd", "trainer.strategy.interval=4", outer)).trainer.strategy
+    assert (hpsgd.interval, hpsgd.outer_optimizer([torch.nn.Parameter(torch.zeros(1))]).defaults["lr"]) == (4, 0.7)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["+trainer/strategy=ssp", "trainer.strategy.paradigm.treshold=5"], "Key 'treshold' not in 'SSP'"),
+        (["+trainer/strategy=ssp", "trainer.strategy.paradigm.threshold=five"], "'five' of type 'str' could not be"),
+        (["+trainer/strategy=ssp", "trainer.strategy.paradigm.threshold=2.5"], "could not be converted to Integer"),
+        (["+trainer/strategy=dssp", "trainer.strategy.paradigm.enforce_upper=3.5"], "not a valid bool"),
+        (["+trainer/strategy=dssp", "trainer.strategy.paradigm=ssp"], "str is not a subclass of DSSP"),
+        (["+trainer/strategy=dssp", "trainer.strategy.timout=3"], "Key 'timout' not in 'DSSPStrategy'"),
+        (["+trainer/strategy=hpsgd", "trainer.strategy.interval=4.5"], "'4.5' of type 'float' is incompatible"),
+        (["+trainer/strategy=dsp", "trainer.strategy.queues=[a]"], "'a' of type 'str' could not be converted"),
+        (["+trainer/strategy=dssq"], "Could not find 'trainer/strategy/dssq'"),
+        (["+trainer/strategy=asp", "+adaptation=dssp"], "adaptation_dssp.*AdaptedSSP is not a subclass of ASP"),
+        (["+trainer/strategy=dssp", "+adaptation=dssp"], "adaptation_dssp.*AdaptedSSP is not a subclass of DSSP"),
+        (["+trainer/strategy=hpsgd", "+adaptation=dssp"], "adaptation_dssp.*Key 'paradigm' not in 'HPSGDStrategy'"),
+        (["+trainer/strategy=ssp", "+adaptation=schedule", "callbacks.threshold_schedule.patience=x"], "'x' of type"),
+    ],
+)
+def test_typos_and_wrong_types_are_errors_when_the_config_is_composed(
+    tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises((ConfigCompositionException, MissingConfigException)) as error:
+        an_app(tmp_path)(*overrides)
+    shown = f"{error.value}\n{error.value.__cause__}"  # as Hydra prints it
+    assert re.search(f"(?s){message}", shown), shown
+
+
+def test_typos_in_an_apps_own_files_are_errors_too(tmp_path: Path) -> None:
+    config = "defaults: [trainer/strategy: ssp, _self_]\ntrainer: {strategy: {paradigm: {treshold: 4}}}"
+    with pytest.raises(ConfigCompositionException, match="Key 'treshold' not in 'SSP'"):
+        an_app(tmp_path, config)()
+
+
+def test_values_out_of_range_are_the_constructors_errors(tmp_path: Path) -> None:
+    cfg = an_app(tmp_path)("+trainer/strategy=ssp", "trainer.strategy.paradigm.threshold=-1")
+    with pytest.raises(
+        InstantiationException, match=r"threshold counts clocks and must be an integer >= 0.*\n.*paradigm"
+    ):
+        instantiate(cfg.trainer.strategy)
+
+
+def test_adaptations(tmp_path: Path) -> None:
+    app = an_app(tmp_path)
+    cfg = app("+trainer/strategy=ssp", "+adaptation=dssp", "trainer.strategy.paradigm.threshold=5")
+    assert repr(instantiate(cfg.trainer.strategy).paradigm) == "DSSP(lower=5, upper=15, enforce_upper=True)"
+    assert app("+trainer/strategy=ssp", "+adaptation=fixed") == app("+trainer/strategy=ssp")
+    overrides = [
+        "callbacks.threshold_schedule.monitor=null",
+        "callbacks.threshold_schedule.milestones={5:{threshold:8}}",
+    ]
+    by_metric = instantiate(app("+trainer/strategy=ssp", "+adaptation=schedule").callbacks.threshold_schedule)
+    by_epoch = instantiate(
+        app("+trainer/strategy=ssp", "+adaptation=schedule", *overrides).callbacks.threshold_schedule
+    )
+    assert (by_metric.monitor, by_epoch.milestones) == ("val_loss", {5: {"threshold": 8}})
+
+
+def test_dssp_needs_a_threshold_to_adapt(tmp_path: Path) -> None:
+    with pytest.raises(MissingMandatoryValue, match="threshold"):
+        instantiate(an_app(tmp_path)("+adaptation=dssp").trainer)
+
+
+# --- the recipes' configs ---------------------------------------------------------------------------------------------
+
+
+def train_config(*overrides: str) -> DictConfig:
+    """Compose the config of ``recipes/train.py``."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("train", ["output=somewhere", *overrides])
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("group", ["data", "model", "trainer", "callbacks", "logger", "hparams_search", "experiment"])
+def test_every_option_of_a_group_composes(group: str) -> None:
+    for option in options(group):
+        choice = f"[default,{option}]" if group == "callbacks" and option != "default" else option
+        OmegaConf.to_container(train_config(f"{group}={choice}"), resolve=False)
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_experiments_build_their_model_data_strategy_and_callbacks(name: str) -> None:
+    cfg = train_config(f"experiment={name}", "data=fake", "data.samples=8")
+    with torch.device("meta"):
+        model = instantiate(cfg.model)
+        outputs = model.model(torch.zeros(2, cfg.dataset.channels, cfg.dataset.size, cfg.dataset.size))
+    assert outputs.shape == (2, cfg.dataset.num_classes)
+    assert model.configure_optimizers() is not None
+    assert isinstance(instantiate(cfg.data), L.LightningDataModule)
+    assert isinstance(instantiate(cfg.trainer.strategy), Strategy)
+    for callback in cfg.callbacks.values():
+        assert isinstance(instantiate(callback), L.Callback)
+
+
+@pytest.mark.parametrize("name", [name for name in options("experiment") if name.startswith("dsp_")])
+def test_the_blocks_of_a_pipeline_are_the_groups_of_the_network(name: str) -> None:
+    cfg = train_config(f"experiment={name}")
+    with torch.device("meta"):
+        names = [name for name, _ in instantiate(cfg.model).model.named_children()]
+    assert [names[start] for start in cfg.trainer.strategy.split] == ["group2_block1", "group3_block1"]
+
+
+def test_a_pipeline_of_the_papers_runs(tmp_path: Path) -> None:
+    small = ["data=fake", "dataset.size=8", "data.samples=4", "data.batch_size=2", "trainer.devices=1"]
+    cfg = train_config("experiment=dsp_resnet98_cifar10", *small)
+    trainer = instantiate(
+        cfg.trainer, accelerator="cpu", fast_dev_run=1, default_root_dir=str(tmp_path), enable_progress_bar=False
+    )
+    trainer.fit(instantiate(cfg.model), instantiate(cfg.data))
+    assert trainer.strategy.summary()["staleness"] == (4, 2, 0)
