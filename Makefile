@@ -5,7 +5,8 @@ BIN := .venv/bin
 .PHONY: quickstart test lint bench
 
 quickstart: .venv/.installed
-	$(BIN)/python recipes/digits.py
+	$(BIN)/python recipes/train.py -m experiment=digits trainer/strategy=ddp,bsp,ssp,dssp hydra.sweep.dir=outputs/quickstart
+	$(BIN)/python recipes/compare.py outputs/quickstart
 
 test: .venv/.installed
 	$(BIN)/python -m pytest

@@ -57,18 +57,25 @@ def _label(key: str, value: str | None) -> str:
 
 def make_table(runs: dict[str, Run]) -> Table:
     """Return the comparison; leads and staleness are means over the workers, and the largest lead."""
+    rows = [(name, *_cells(run)) for name, run in runs.items()]
     table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("run", "time", "waiting", "lead (max)", "staleness", "validation", "test"):
-        table.add_column(heading, justify="left" if heading == "run" else "right")
-    for name, run in runs.items():
-        if run.results is None:
-            table.add_row(name, "failed")
-            continue
-        metrics = run.results["metrics"]
-        time_s = run.curve[-1][0] if run.curve else run.results["seconds"]
-        accuracies = (_percent(metrics.get(name)) for name in ("val_accuracy", "test_accuracy"))
-        table.add_row(name, f"{time_s:.1f} s", *_waiting(run.results["summary"]), *accuracies)
+    headings = ("run", "time", "waiting", "lead (max)", "staleness", "validation", "test")
+    shown = [place for place in range(len(headings)) if any(row[place] for row in rows)]
+    for place in shown:
+        table.add_column(headings[place], justify="right" if place else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(row[place] for place in shown))
     return table
+
+
+def _cells(run: Run) -> tuple[str, ...]:
+    """Return what follows the name in a row; empty where the strategy does not count it."""
+    if run.results is None:
+        return ("failed", "", "", "", "", "")
+    metrics = run.results["metrics"]
+    time_s = run.curve[-1][0] if run.curve else run.results["seconds"]
+    accuracies = (_percent(metrics.get(name)) for name in ("val_accuracy", "test_accuracy"))
+    return (f"{time_s:.1f} s", *_waiting(run.results["summary"]), *accuracies)
 
 
 def _percent(value: float | None) -> str:
