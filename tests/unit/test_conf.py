@@ -234,7 +234,7 @@ def test_experiments_build_their_model_data_strategy_and_callbacks(name: str) ->
         assert isinstance(instantiate(callback), L.Callback)
 
 
-@pytest.mark.parametrize("name", [name for name in options("experiment") if name.startswith("dsp_")])
+@pytest.mark.parametrize("name", [name for name in options("experiment") if name.startswith("dsp_resnet")])
 def test_the_blocks_of_a_pipeline_are_the_groups_of_the_network(name: str) -> None:
     cfg = train_config(f"experiment={name}")
     with torch.device("meta"):
