@@ -20,6 +20,25 @@ _FAREWELL_S = 3.0
 _MAX_POLL_S = 0.05
 
 
+class _AwakeClock:
+    """Seconds in which this process has not been suspended: Ctrl-Z, ``docker pause``, a scheduler that takes turns."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._stop = threading.Event()
+        threading.Thread(target=self._run, name="awake", daemon=True).start()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def _run(self) -> None:
+        last = time.monotonic()
+        while not self._stop.wait(_BEAT_S):
+            now = time.monotonic()
+            self.seconds += min(now - last, 2 * _BEAT_S)
+            last = now
+
+
 class Health:
     """Each rank lets the others know that it lives, and why it ends, through the rendezvous store.
 
@@ -30,7 +49,7 @@ class Health:
         prefix: of the keys of this run.
         rank: this one.
         world_size: the number of ranks.
-        patience_s: a rank that has not been heard of for so long hangs or is dead.
+        patience_s: a rank that has not been heard of for so long, while this one was awake, hangs or is dead.
         check: called first by :meth:`check`; raises to break off.
     """
 
@@ -39,9 +58,9 @@ class Health:
     ) -> None:
         self._store = PrefixStore(prefix, store.clone())  # type: ignore[attr-defined]
         self._rank, self._world_size, self._patience_s, self._check = rank, world_size, patience_s, check
-        self._heard = {other: (-1, time.monotonic()) for other in range(world_size) if other != rank}
-        self._answered = time.monotonic()
-        self._report: str | None = None
+        self._clock = _AwakeClock()
+        self._heard = {other: (-1, 0.0) for other in range(world_size) if other != rank}  # beats, and when
+        self._answered = 0.0
         self._failure: RunFailedError | None = None
         self._lost, self._closing = False, False
         self._questions: queue.Queue[tuple[Callable[[Store], Any], Future[Any]]] = queue.Queue()
@@ -55,8 +74,7 @@ class Health:
 
     def fail(self, kind: str, text: str) -> None:
         """Tell all others why this rank ends, unless another one was first."""
-        self._report = f"{kind}\n{text}"
-        self._beat_now()
+        self._ask_now(lambda store: self._tell(store, f"{kind}\n{text}"))
 
     def check(self, others: Sequence[int] | None = None, fresh: bool = False) -> None:
         """Raise if a rank has failed, or one of ``others`` (all, if not given) is not heard of any more.
@@ -70,17 +88,17 @@ class Health:
         """
         self._check()
         if fresh:
-            self._beat_now()
+            self._ask_now(self._beat)
         if self._failure is not None:
             raise self._failure
-        now = time.monotonic()
+        now = self._clock.seconds
         if self._lost or now - self._answered > self._patience_s:
             raise RunFailedError("error", "rank 0, which all others meet at, is gone: it was killed, or hangs")
         for rank, (_, heard) in self._heard.items():
             if now - heard > self._patience_s and (others is None or rank in others):
                 text = f"rank {rank} has not been heard of for {self._patience_s:.0f} s: it was killed, or hangs"
                 self.fail("error", text)
-                raise RunFailedError("error", text)
+                raise self._failure or RunFailedError("error", text)  # the first one that was told
 
     def blame(self) -> None:
         """After a connection has broken, find out whose.
@@ -88,8 +106,8 @@ class Health:
         Raises:
             RunFailedError: says which, and why; nothing is raised if all have been heard of.
         """
-        deadline = time.monotonic() + self._patience_s + 4 * _BEAT_S
-        while time.monotonic() < deadline:
+        deadline = self._clock.seconds + self._patience_s + 4 * _BEAT_S
+        while self._clock.seconds < deadline:
             self.check(fresh=True)
             time.sleep(_BEAT_S / 10)
 
@@ -124,10 +142,11 @@ class Health:
         self._closing = True
         self._put(lambda _: None)
         self._thread.join(timeout=_FAREWELL_S + 1.0)
+        self._clock.stop()
 
-    def _beat_now(self) -> None:
+    def _ask_now(self, question: Callable[[Store], object]) -> None:
         if not self._lost:
-            concurrent.futures.wait([self._put(self._beat)], timeout=2.0)
+            concurrent.futures.wait([self._put(question)], timeout=2.0)
 
     def _put(self, question: Callable[[Store], _T]) -> Future[_T]:
         answer: Future[_T] = Future()
@@ -155,17 +174,19 @@ class Health:
 
     def _beat(self, store: Store) -> None:
         store.add(f"beats/{self._rank}", 1)
-        if self._report is not None and store.add("failures", 1) == 1:
-            store.set("failure", self._report)
-        self._report = None
         if self._failure is None and store.check(["failure"]):
             kind, _, text = store.get("failure").decode().partition("\n")
             self._failure = RunFailedError(kind, text)
         for rank, (beats, _) in self._heard.items():
             now = int(store.add(f"beats/{rank}", 0))
             if now != beats:
-                self._heard[rank] = (now, time.monotonic())
-        self._answered = time.monotonic()
+                self._heard[rank] = (now, self._clock.seconds)
+        self._answered = self._clock.seconds
+
+    def _tell(self, store: Store, report: str) -> None:
+        if store.add("failures", 1) == 1:
+            store.set("failure", report)
+        self._beat(store)
 
     def _say_farewell(self) -> None:
         self._store.add("farewells", 1)

@@ -34,7 +34,7 @@ class Run:
         overrides = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
         results, curve = folder / "results.json", folder / "curve.json"
         return cls(
-            dict(override.split("=", 1) for override in overrides),
+            {key: value for key, _, value in (override.partition("=") for override in overrides)},
             json.loads(results.read_text()) if results.exists() else None,
             json.loads(curve.read_text()) if curve.exists() else [],
         )
@@ -45,10 +45,13 @@ def load_runs(folder: Path) -> dict[str, Run]:
     folders = [path.parent for path in folder.glob("**/.hydra")]
     if not folders:
         raise SystemExit(f"{folder} has no runs: name the folder of a multirun, e.g. outputs/2026-01-31/12-00-00")
-    runs = [Run.load(path) for path in sorted(folders, key=lambda path: (len(path.name), path.name))]
+    folders = sorted(folders, key=lambda path: (path.parent, len(path.name), path.name))
+    runs = [Run.load(path) for path in folders]
     keys = dict.fromkeys(key for run in runs for key in run.overrides)
     varied = [key for key in keys if len({run.overrides.get(key) for run in runs}) > 1]
-    return {", ".join(_label(key, run.overrides.get(key)) for key in varied) or "run": run for run in runs}
+    names = [", ".join(_label(key, run.overrides.get(key)) for key in varied) or "run" for run in runs]
+    again = [f"{name} ({path.parent.name}/{path.name})" for name, path in zip(names, folders, strict=True)]
+    return {long if names.count(name) > 1 else name: run for name, long, run in zip(names, again, runs, strict=True)}
 
 
 def _label(key: str, value: str | None) -> str:

@@ -24,7 +24,7 @@ def save_provenance(config: DictConfig, folder: Path) -> None:
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
     (folder / "provenance.json").write_text(json.dumps(about, indent=2))
     if diff:
-        (folder / "uncommitted.diff").write_text(diff)
+        (folder / "uncommitted.diff").write_text(diff, encoding="utf-8")
 
 
 def versions() -> dict[str, str | None]:
@@ -49,12 +49,12 @@ def git_state(folder: Path) -> tuple[dict[str, Any], str]:
 
     def ask(*arguments: str) -> str:
         command = [git, "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+        return subprocess.run(command, capture_output=True, check=True, timeout=30).stdout.decode(errors="replace")
 
     try:
         state = {"commit": ask("rev-parse", "HEAD").strip(), "branch": ask("branch", "--show-current").strip()}
         changed = ask("status", "--porcelain").splitlines()
         return state | {"dirty": bool(changed), "changed": changed}, ask("diff", "HEAD")
     except (subprocess.SubprocessError, OSError) as error:
-        reason = getattr(error, "stderr", None) or error
-        return {"error": f"no git state: {str(reason).strip()}"}, ""
+        said = (getattr(error, "stderr", None) or b"").decode(errors="replace")
+        return {"error": f"no git state: {(said or str(error)).strip()}"}, ""

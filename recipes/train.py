@@ -22,10 +22,13 @@ import hydra
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import to_absolute_path
 from omegaconf import DictConfig
 from rich.console import Console
 
 from lightning_stale import hydra_job
+from recipes import schemas  # noqa: F401 - of the configs
 from recipes.provenance import save_provenance
 from recipes.report import results_table, strategy_table
 
@@ -33,9 +36,9 @@ from recipes.report import results_table, strategy_table
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
 @hydra_job
 def main(config: DictConfig) -> float | None:
-    """Train and test; return the objective to the sweeper."""
+    """Train and test; return the objective, if there is a sweeper."""
     be_quiet()
-    check()
+    check(config)
     if config.threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(config.threads)  # or Lightning chooses; hydra_job puts it back
         torch.set_num_threads(config.threads)
@@ -50,7 +53,7 @@ def main(config: DictConfig) -> float | None:
         save_provenance(config, folder)
 
     started = time.perf_counter()
-    trainer.fit(model, data, ckpt_path=config.ckpt_path)
+    trainer.fit(model, data, ckpt_path=config.ckpt_path and to_absolute_path(config.ckpt_path))
     seconds = time.perf_counter() - started
     metrics = plain(trainer.callback_metrics)
     summary = trainer.strategy.summary() if hasattr(trainer.strategy, "summary") else None
@@ -67,7 +70,7 @@ def main(config: DictConfig) -> float | None:
     if summary is not None:
         console.print(strategy_table(summary))
     console.print(f"{seconds:.1f} s, the start of the workers included. Everything is in {folder}", soft_wrap=True)
-    return objective(config.objective, metrics)
+    return objective(config.objective, metrics) if HydraConfig.get().mode == RunMode.MULTIRUN else None
 
 
 def be_quiet() -> None:
@@ -77,8 +80,15 @@ def be_quiet() -> None:
     warnings.filterwarnings("ignore", module=r"(lightning|torch)\.")  # not lightning_stale
 
 
-def check() -> None:
+def check(config: DictConfig) -> None:
     """Refuse what composes and makes no sense."""
+    for group in ("callbacks", "logger"):
+        for name, node in config.get(group, {}).items():
+            if "_target_" not in node:
+                raise ValueError(
+                    f"{group}.{name} has values but no _target_: choose it as well, {group}=[default,{name}], or leave "
+                    f"{group}.{name}... out"
+                )
     chosen = HydraConfig.get().runtime.choices
     if chosen["adaptation"] == "dssp" and chosen["trainer/strategy"] != "ssp":
         raise ValueError(

@@ -30,7 +30,7 @@ class Replica:
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self.parameters = [parameter.detach() for parameter in parameters]
+        self.parameters = list(parameters)  # themselves: an optimizer may give one other memory (`p.data = ...`)
         self.weights = self._buffer()
         """The global weights ``W``."""
         self.launched = self._buffer()
@@ -53,7 +53,7 @@ class Replica:
             torch._foreach_copy_(self.parameters, self.launched.parts)
 
     def _buffer(self) -> Buffer:
-        flat = torch.cat([parameter.reshape(-1) for parameter in self.parameters])
+        flat = torch.cat([parameter.detach().reshape(-1) for parameter in self.parameters])
         parts = torch.split(flat, [parameter.numel() for parameter in self.parameters])
         return Buffer(flat, [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)])
 

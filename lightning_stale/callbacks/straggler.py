@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
@@ -70,6 +71,15 @@ class StragglerInjection(Callback):
         if generator.random() < self.probability:
             factor *= self.slowdown
         return factor - 1.0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse factors of ranks that are not there."""
+        absent = sorted(rank for rank in self.factors if not 0 <= rank < trainer.world_size)
+        if absent:
+            raise MisconfigurationException(
+                f"factors={self.factors}: there is no rank {absent[0]} among {trainer.world_size}; write ranks "
+                f"from 0 to {trainer.world_size - 1}, or Trainer(devices={absent[0] + 1})"
+            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note when the step began."""

@@ -20,8 +20,9 @@ from lightning_stale.launchers import internals
 from lightning_stale.launchers.command import in_joblib_worker, rank_command, rank_environment, save_config
 from lightning_stale.launchers.lifeline import end_with
 
-VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
-"""What Lightning sets when it starts ranks, and takes for the user's when it finds it."""
+_OF_RANKS = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+VARIABLES = (*_OF_RANKS, "PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+"""What Lightning sets for its ranks and samplers, and takes for the user's when it finds it."""
 _FOLDER = "LIGHTNING_STALE_RANKS"
 """Names the folder in which the ranks of a job find their config, and say that they have come to train."""
 

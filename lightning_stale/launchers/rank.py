@@ -25,7 +25,8 @@ def main() -> None:
     end_with(int(parent), _GRACE_S)
     setup_globals()  # the resolvers ${hydra:...} and ${now:...}, which a rerun does without
     warnings.filterwarnings("ignore", message="Experimental rerun CLI option")
-    del sys.path[0]  # of `-m`: the next ones are those of rank 0
+    if not getattr(sys.flags, "safe_path", False):
+        del sys.path[0]  # of `-m`: the next ones are those of rank 0
     sys.argv[1:] = ["--experimental-rerun", config]
     try:
         if app[0] == "-m":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class DifferentPlacesError(RuntimeError):
     """All workers wait, and not at the same place."""
@@ -42,12 +44,15 @@ class Meeting:
         return ranks
 
     def _describe(self) -> str:
-        places = "; ".join(
-            f"rank {rank} is at {place} ({detail})" for rank, (place, detail) in sorted(self._places.items())
-        )
-        return (
-            f"the workers met at different places: {places}. All ranks must come to the same ones: with different "
-            "numbers of batches per rank, validate and save at the end of an epoch (val_check_interval=1.0, "
-            "every_n_train_steps=None) and end with max_epochs instead of max_steps, or give every rank as many "
-            "batches (Trainer(limit_train_batches=...)); set trainer.should_stop on all ranks or none."
-        )
+        return different_places({rank: f"{place} ({detail})" for rank, (place, detail) in self._places.items()})
+
+
+def different_places(places: Mapping[int, str]) -> str:
+    """Return what is wrong with ``places``, by rank, and the cure."""
+    described = "; ".join(f"rank {rank} is at {place}" for rank, place in sorted(places.items()))
+    return (
+        f"the workers met at different places: {described}. All ranks must come to the same ones: with different "
+        "numbers of batches per rank, validate and save at the end of an epoch (val_check_interval=1.0, "
+        "every_n_train_steps=None) and end with max_epochs instead of max_steps, or give every rank as many "
+        "batches (Trainer(limit_train_batches=...)); set trainer.should_stop on all ranks or none."
+    )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_stale.averaging.merge import MERGES
@@ -78,7 +79,7 @@ class HPSGDStrategy(PeerStrategy):
         self._resumed: Mapping[str, Any] | None = None
         self._ended: dict[str, Any] | None = None  # the outer optimizer when fit had ended, or failed
         self._training_since: float | None = None
-        self._compute_s = 0.0
+        self._compute_s = 0.0  # between meeting points, without waiting for the end of a round
         self._stepped = False  # in this batch
         self._held = 0  # parameters, when fit started
         self._summary: dict[str, Any] = {"paradigm": repr(self), "updates": 0, "workers": []}
@@ -98,6 +99,11 @@ class HPSGDStrategy(PeerStrategy):
     def on_train_start(self) -> None:
         """Begin the first round from weights that are the same on all workers."""
         super().on_train_start()
+        if not unique_parameters(self.optimizers):
+            raise MisconfigurationException(
+                "configure_optimizers() returned no optimizer, and HPSGD averages what optimizers change: return one, "
+                "or write Trainer(strategy='ddp')"
+            )
         self._places = Places(self._start_health(), self.global_rank, self.world_size)
         self._group = dist.new_group()
         reducer = ProcessGroupReducer(self._group, self.root_device, self._check_peers)
@@ -111,8 +117,8 @@ class HPSGDStrategy(PeerStrategy):
             MERGES[self.merge],
             self.outer_optimizer,
         )
-        if self._resumed is not None and self._resumed["outer"] is not None and self._rounds.outer is not None:
-            self._rounds.outer.load_state_dict(self._resumed["outer"])
+        if self._resumed is not None:
+            self._resume(self._rounds.outer, self._resumed["outer"])
         self._resumed = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -128,7 +134,9 @@ class HPSGDStrategy(PeerStrategy):
     def after_batch(self) -> None:
         """End the round if it is time; not earlier: manual optimization may hold a graph over the weights."""
         if self._rounds is not None and self._stepped:
+            waited_s = self._rounds.statistics.wait_s
             self._guard(self._rounds.after_step)
+            self._compute_s -= self._rounds.statistics.wait_s - waited_s
         self._stepped = False
         self._check_peers()
 
@@ -178,7 +186,7 @@ class HPSGDStrategy(PeerStrategy):
             "steps_per_round": counted.steps / max(1, counted.rounds),
             "hidden": 1 - counted.wait_s / max(counted.exchange_s, 1e-9),
             "wait_s": counted.wait_s,
-            "compute_s": self._compute_s - counted.wait_s,
+            "compute_s": self._compute_s,
         }
         rows: list[dict[str, Any]] = [{}] * self.world_size
         dist.all_gather_object(rows, row)
@@ -204,6 +212,18 @@ class HPSGDStrategy(PeerStrategy):
         """Load the inner optimizers, and the outer one if there is any."""
         super().load_optimizer_state_dict(checkpoint)
         self._resumed = checkpoint.get(CHECKPOINT_KEY)
+
+    @staticmethod
+    def _resume(outer: Optimizer | None, state: dict[str, Any] | None) -> None:
+        if outer is not None and state is not None:
+            outer.load_state_dict(state)
+        elif outer is not None:
+            rank_zero_warn("the checkpoint has no state of an outer optimizer: this one starts anew")
+        elif state is not None:
+            rank_zero_warn(
+                "the checkpoint has the state of an outer optimizer, and there is none now: it is left out. To go on "
+                "with it, write HPSGDStrategy(outer_optimizer=...) as before"
+            )
 
     def _outer_state(self) -> dict[str, Any]:
         assert self._rounds is not None

@@ -6,6 +6,8 @@ import uuid
 from collections.abc import Callable
 from typing import TypeVar
 
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
 from lightning_stale.failures import RunFailedError, describe
 from lightning_stale.health import Health
 from lightning_stale.strategies import internals
@@ -64,6 +66,8 @@ class PeerStrategy(StaleStrategy):
             first = self._health.failure
         except RunFailedError as error:
             first = error
+        except SIGTERMException:  # this rank is to end as well; the others hear of what it raises
+            first = self._health.failure
         if first is not None:  # the reason for this one
             exception.__cause__ = exception.__cause__ or first
             return

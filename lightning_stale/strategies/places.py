@@ -8,6 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.distributed.distributed_c10d import Store
 
 from lightning_stale.health import Health
+from lightning_stale.parameter_server.meeting import different_places
 
 _POLL_S = 0.001
 _MAX_POLL_S = 0.05
@@ -47,12 +48,7 @@ class Places:
         poll_s = _POLL_S
         while len(places := self._health.ask(self._read)) < self._world_size or _differ(places):
             if _differ(places):
-                described = "; ".join(f"rank {rank} is at {place}" for rank, place in places.items())
-                raise MisconfigurationException(
-                    f"the workers met at different places: {described}. Validation and checkpoints within an epoch "
-                    "need the same number of batches on every rank: validate and save at the end of an epoch "
-                    "(val_check_interval=1.0, every_n_train_steps=None), or write Trainer(limit_train_batches=...)"
-                )
+                raise MisconfigurationException(different_places(places))
             time.sleep(poll_s)
             poll_s = min(2 * poll_s, _MAX_POLL_S)
             self._health.check()

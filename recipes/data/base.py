@@ -32,7 +32,7 @@ class ImageDataModule(L.LightningDataModule):
     A subclass says where the images come from (:meth:`load`); uint8 images are scaled to 0..1, augmented if they are
     for training, and normalized, all as whole batches on the device of the model.
 
-    The draws of the augmentation depend on the seed, the worker and the batch alone. Two workers draw differently, a
+    The draws of this augmentation depend on the seed, the worker and the batch alone. Two workers draw differently, a
     run that is resumed goes on with the draws it would have had, and the stages of a pipeline, which are one worker,
     draw alike. Crops and flips leave the labels as they are, so that a stage may have the labels from its own loader.
 

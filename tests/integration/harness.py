@@ -256,13 +256,17 @@ def marked(mark: str, groups: Collection[int] = ()) -> list[psutil.Process]:
 def leftovers(mark: str, grace: float, groups: Collection[int] = (), exclude: Collection[int] = ()) -> list[str]:
     """Return what is left of a test after ``grace`` seconds: processes, and files in the shared-memory folder."""
     deadline = time.monotonic() + grace
-    while (processes := [p for p in marked(mark, groups) if p.pid not in exclude]) and time.monotonic() < deadline:
+    while True:
+        processes = [process for process in marked(mark, groups) if process.pid not in exclude]
+        files = list(Path("/dev/shm").glob("lightning-stale-*"))  # of whichever test: they live for a moment only
+        if not (processes or files) or time.monotonic() >= deadline:
+            break
         time.sleep(0.1)
     names = []
     for process in processes:
         with contextlib.suppress(psutil.Error):
             names.append(f"{process.pid}: {' '.join(process.cmdline())}")
-    return names + [str(path) for path in Path("/dev/shm").glob("lightning-stale-*")]
+    return names + [str(path) for path in files]
 
 
 def kill_all(mark: str, groups: Collection[int] = ()) -> None:

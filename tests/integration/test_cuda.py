@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.accelerators import CUDAAccelerator
 
-from lightning_stale import StaleSyncStrategy
+from lightning_stale import HPSGDStrategy, StaleSyncStrategy
 from tests.integration.harness import run_workers
 from tests.integration.models import Regression, assert_same, loader, trainer, weights
 
@@ -48,6 +48,23 @@ def test_bsp_on_a_shared_gpu_equals_bsp_on_the_cpu(transport: str, tmp_path: Pat
     on_cpu = run_workers(fit, 2, tmp_path / "cpu", 2, "bsp", "cpu", transport)
     assert_same(on_gpu[0][0], on_gpu[1][0])
     assert_same(on_gpu[0][0], on_cpu[0][0], atol=1e-5)
+
+
+def fit_hpsgd(rank: int, merge: str, accelerator: str) -> dict[str, Any]:
+    model = Regression("SGD", lr=0.05, momentum=0.9)
+    strategy = HPSGDStrategy(interval=2, merge=merge, process_group_backend="gloo")
+    t = trainer(2, strategy, accelerator=SharedGPU() if accelerator == "gpu" else "cpu", max_steps=51, max_epochs=None)
+    t.fit(model, loader(samples=8 * 51 * 2))
+    return weights(model.cpu())
+
+
+@pytest.mark.parametrize("merge", ["hpsgd", "cocod"])
+def test_hpsgd_on_a_shared_gpu_equals_hpsgd_on_the_cpu(merge: str, tmp_path: Path) -> None:
+    """The sums run on a stream of their own."""
+    on_gpu = run_workers(fit_hpsgd, 2, tmp_path / "gpu", merge, "gpu")
+    on_cpu = run_workers(fit_hpsgd, 2, tmp_path / "cpu", merge, "cpu")
+    assert_same(on_gpu[0], on_gpu[1])
+    assert_same(on_gpu[0], on_cpu[0], atol=1e-5)
 
 
 def test_no_push_is_lost_on_a_shared_gpu(tmp_path: Path) -> None:

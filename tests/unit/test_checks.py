@@ -60,7 +60,6 @@ def test_trainers_that_are_refused(name: str, tmp_path: Path) -> None:
         {"max_epochs": 2, "val_check_interval": 0.5},
         {"callbacks": [ModelCheckpoint(every_n_train_steps=5), ModelCheckpoint(every_n_epochs=1, filename="other")]},
     ],
-    ids=repr,
 )
 def test_trainers_that_pass(options: dict[str, Any], tmp_path: Path) -> None:
     assert check_trainer(trainer(tmp_path, **options)) is None

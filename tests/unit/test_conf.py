@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 import lightning_stale
+import recipes.schemas  # noqa: F401 - as recipes/train.py does
 from lightning_stale import DSSP, ThresholdSchedule
 from lightning_stale.paradigms import PARADIGMS
 from lightning_stale.strategies.base import StaleStrategy
@@ -240,6 +241,24 @@ def test_the_blocks_of_a_pipeline_are_the_groups_of_the_network(name: str) -> No
     with torch.device("meta"):
         names = [name for name, _ in instantiate(cfg.model).model.named_children()]
     assert [names[start] for start in cfg.trainer.strategy.split] == ["group2_block1", "group3_block1"]
+
+
+@pytest.mark.parametrize("callbacks", ["[default]", "[default,monitor]"])
+@pytest.mark.parametrize("name", options("experiment"))
+def test_experiments_keep_their_stragglers_whatever_callbacks_are_chosen(name: str, callbacks: str) -> None:
+    chosen = train_config(f"experiment={name}", f"callbacks={callbacks}").callbacks
+    for node in chosen.values():
+        assert "_target_" in node
+    if "stragglers" in chosen:
+        alone = train_config(f"experiment={name}", "~callbacks.stragglers").callbacks
+        assert "stragglers" not in alone
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "ssp"])
+def test_what_belongs_to_another_strategy_does_not_compose(strategy: str) -> None:
+    with pytest.raises(ConfigCompositionException) as caught:
+        train_config("experiment=dsp_digits", f"trainer/strategy={strategy}")
+    assert "staleness" in str(caught.value.__cause__ or caught.value)
 
 
 def test_a_pipeline_of_the_papers_runs(tmp_path: Path) -> None:

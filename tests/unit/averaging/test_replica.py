@@ -51,6 +51,18 @@ def test_a_round_on_parameters_of_any_memory_layout(merge: Merge | None) -> None
     assert buffers == {id(buffer.flat) for buffer in (replica.weights, replica.launched, replica.change)}
 
 
+@torch.no_grad()
+def test_a_parameter_that_gets_other_memory_is_still_the_replica() -> None:
+    parameter = nn.Parameter(torch.zeros(3))
+    (replica,) = by_type([parameter])
+    parameter.data = torch.ones(3)
+    replica.take_change()
+    assert replica.change.flat.tolist() == [-1.0, -1.0, -1.0]
+    replica.weights.flat.fill_(5.0)
+    replica.go_on(hpsgd)
+    assert parameter.tolist() == [5.0, 5.0, 5.0]
+
+
 def test_merge_rules() -> None:
     weights, change = torch.tensor([5.0, 7.0]), torch.tensor([1.0, -2.0])
     for merge, expected in ((hpsgd, [5.0, 7.0]), (cocod, [4.0, 9.0])):
