@@ -21,6 +21,7 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/workers.py
 	$(BIN)/python benchmarks/pipeline.py
 	$(BIN)/python benchmarks/overlap.py
+	$(BIN)/python benchmarks/accuracy.py
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -89,12 +89,6 @@ def check(config: DictConfig) -> None:
                     f"{group}.{name} has values but no _target_: choose it as well, {group}=[default,{name}], or leave "
                     f"{group}.{name}... out"
                 )
-    chosen = HydraConfig.get().runtime.choices
-    if chosen["adaptation"] == "dssp" and chosen["trainer/strategy"] != "ssp":
-        raise ValueError(
-            f"adaptation=dssp adapts the threshold of ssp, and trainer/strategy={chosen['trainer/strategy']} has none: "
-            "write trainer/strategy=ssp, or leave adaptation=dssp out"
-        )
 
 
 def plain(metrics: Any) -> dict[str, float]:

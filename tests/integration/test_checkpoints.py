@@ -111,11 +111,15 @@ def test_all_workers_hold_the_servers_weights_wherever_they_meet(transport: str,
             *("validation", "validated", "checkpoint", "epoch end", "train end", "fit end", "returned")
         }
         for name, step, updates, held in seen:
-            assert updates == step * WORLD_SIZE, name
-            assert torch.equal(held["weight"], start.weight - start.lr * updates * start.slope), name
+            assert updates >= step * WORLD_SIZE, name  # another worker may have gone on since
+            if name in ("train end", "fit end", "returned"):
+                assert updates == step * WORLD_SIZE, name
+            assert torch.equal(held["weight"], start.weight - start.lr * step * WORLD_SIZE * start.slope), name
     for others in zip(*ranks, strict=True):
-        for other in others[1:]:
-            assert_equal(others[0], other)
+        (name, step, _, held), *rest = others
+        for other in rest:
+            assert (other[0], other[1]) == (name, step)
+            assert_same(other[3], held)
 
 
 # --- one worker: bit for bit ------------------------------------------------------------------------------------------

@@ -143,4 +143,8 @@ def test_train_from_any_folder(tmp_path: Path) -> None:
 def test_what_makes_no_sense_is_refused_before_training(tmp_path: Path) -> None:
     ended = run_train(tmp_path, "trainer/strategy=ddp", "adaptation=dssp")
     assert ended.returncode == 1
-    assert "trainer/strategy=ddp has none: write trainer/strategy=ssp" in ended.output
+    assert "Key 'paradigm' not in 'DDPStrategy'" in ended.output
+    ended = run_train(tmp_path, "+callbacks.stragglers.probability=0.5")
+    assert ended.returncode == 1
+    assert "callbacks.stragglers has values but no _target_" in ended.output
+    assert "callbacks=[default,stragglers]" in ended.output
