@@ -1,0 +1,55 @@
+"""A run that is suspended for longer than its ranks have patience (Ctrl-Z, a scheduler that takes turns) goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from lightning_stale import DSPStrategy, HPSGDStrategy
+from lightning_stale.strategies import peers
+from tests.integration.harness import signal_test, workers
+from tests.integration.models import trainer
+from tests.unit.pipeline.networks import Chain, batches
+
+PATIENCE_S = 2.0
+STEPS = 300
+STRATEGIES = {"dsp": lambda: DSPStrategy(split=[3]), "hpsgd": lambda: HPSGDStrategy(interval=1)}
+
+
+class UnderWay(Chain):
+    """Says when it has trained for a moment; then for some seconds more."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if batch_idx == 20 and self.global_rank == 0:
+            signal_test(self.folder, "under-way")
+        time.sleep(0.01)  # an accelerator
+        return super().training_step(batch, batch_idx)
+
+
+def train(rank: int, strategy: str, folder: str) -> int:
+    peers._PATIENCE_S = PATIENCE_S
+    model = UnderWay()
+    model.folder = folder
+    t = trainer(2, STRATEGIES[strategy](), max_epochs=1, use_distributed_sampler=False)
+    t.fit(model, batches(STEPS))
+    return t.global_step
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_nobody_is_taken_for_dead_after_a_suspension(strategy: str, tmp_path: Path) -> None:
+    with workers(train, 2, tmp_path, strategy, str(tmp_path)) as group:
+        group.wait_for("under-way")
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for rank in range(2):
+                os.kill(group.pid(rank), number)
+            if number == signal.SIGSTOP:
+                time.sleep(2 * PATIENCE_S)
+        ended = group.join(timeout=60)
+    assert [(worker.exitcode, worker.error) for worker in ended] == [(0, ""), (0, "")]
+    assert [worker.result for worker in ended] == [STEPS, STEPS]
