@@ -14,6 +14,7 @@ class DDPStrategy:
     process_group_backend: str | None = None
     find_unused_parameters: bool = False
     static_graph: bool = False
+    gradient_as_bucket_view: bool = False
 
 
 ConfigStore.instance().store("ddp", DDPStrategy, group="recipes/schema", provider="recipes")
