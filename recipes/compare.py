@@ -19,6 +19,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+_MAX_KEYS = 4
+
 
 @dataclass
 class Run:
@@ -49,13 +51,18 @@ def load_runs(folder: Path) -> dict[str, Run]:
     runs = [Run.load(path) for path in folders]
     keys = dict.fromkeys(key for run in runs for key in run.overrides)
     varied = [key for key in keys if len({run.overrides.get(key) for run in runs}) > 1]
-    names = [", ".join(_label(key, run.overrides.get(key)) for key in varied) or "run" for run in runs]
-    again = [f"{name} ({path.parent.name}/{path.name})" for name, path in zip(names, folders, strict=True)]
-    return {long if names.count(name) > 1 else name: run for name, long, run in zip(names, again, runs, strict=True)}
+    if len(varied) > _MAX_KEYS:  # not one sweep: the folders say which is which
+        return {f"{path.parent.name}/{path.name}": run for path, run in zip(folders, runs, strict=True)}
+    names = [", ".join(_label(key, run.overrides[key]) for key in varied if key in run.overrides) for run in runs]
+    again = [f"{name} ({path.parent.name}/{path.name})".strip() for name, path in zip(names, folders, strict=True)]
+    return {
+        long if names.count(name) > 1 else name or "run": run
+        for name, long, run in zip(names, again, runs, strict=True)
+    }
 
 
-def _label(key: str, value: str | None) -> str:
-    return str(value) if key == "trainer/strategy" else f"{key.rpartition('.')[2]}={value}"
+def _label(key: str, value: str) -> str:
+    return value if key == "trainer/strategy" else f"{key.rpartition('.')[2]}={value}"
 
 
 def make_table(runs: dict[str, Run]) -> Table:
@@ -65,7 +72,8 @@ def make_table(runs: dict[str, Run]) -> Table:
     headings = ("run", "time", "waiting", "lead (max)", "staleness", "validation", "test")
     shown = [place for place in range(len(headings)) if any(row[place] for row in rows)]
     for place in shown:
-        table.add_column(headings[place], justify="right" if place else "left", overflow="fold")
+        width = 0 if place else min(28, max(len(row[0]) for row in rows))
+        table.add_column(headings[place], justify="right" if place else "left", overflow="fold", min_width=width)
     for row in rows:
         table.add_row(*(row[place] for place in shown))
     return table

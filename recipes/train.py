@@ -69,6 +69,8 @@ def main(config: DictConfig) -> float | None:
     console.print(results_table(metrics))
     if summary is not None:
         console.print(strategy_table(summary))
+    if trainer.world_size == 1 and "workers" in (summary or {}):
+        console.print("One worker, so nothing was stale: write trainer.devices=4 for four.")
     console.print(f"{seconds:.1f} s, the start of the workers included. Everything is in {folder}", soft_wrap=True)
     return objective(config.objective, metrics) if HydraConfig.get().mode == RunMode.MULTIRUN else None
 

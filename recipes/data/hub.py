@@ -24,8 +24,8 @@ def check_folder(repository: str, root: str | Path) -> Path:
     folder = Path(root).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"root={str(root)!r} is no folder: download the data with\n    {download_command(repository, root)}\n"
-            "or write root=null to read them from the Hugging Face hub"
+            f"root={str(root)!r} is no folder: download the data with `{download_command(repository, root)}`, or "
+            "write root=null (data.root=null) to read them from the Hugging Face hub"
         )
     return folder
 
@@ -42,8 +42,8 @@ def find_parquet(repository: str, root: str | Path, splits: tuple[str, ...]) -> 
         found = sorted(path for name in SPLITS[split] for path in folder.rglob(f"{name}-*.parquet"))
         if not found:
             raise FileNotFoundError(
-                f"root={str(root)!r} has no {split}-*.parquet: download the data with\n"
-                f"    {download_command(repository, root)}"
+                f"root={str(root)!r} has no {split}-*.parquet: download the data with "
+                f"`{download_command(repository, root)}`"
             )
         if len(parents := sorted({str(path.parent) for path in found})) > 1:
             raise ValueError(
@@ -69,13 +69,13 @@ def load(repository: str, files: dict[str, list[str]] | None, split: str, column
             rows = datasets.load_dataset("parquet", data_files={split: files[split]}, split=split)
     except ConnectionError as error:
         raise ConnectionError(
-            f"{repository} cannot be read from the Hugging Face hub ({error}). Where the hub can be reached, run\n"
-            f"    {download_command(repository, 'DIR')}\nthen bring DIR here, and write root=DIR"
+            f"{repository} cannot be read from the Hugging Face hub ({error}). Where the hub can be reached, run "
+            f"`{download_command(repository, 'DIR')}`, then bring DIR here, and write root=DIR (data.root=DIR)"
         ) from error
     except datasets.exceptions.DatasetNotFoundError as error:
         raise PermissionError(
             f"{error}\nAccept the terms on https://huggingface.co/datasets/{repository} and run `hf auth login`, or "
-            "write root= with the folder of a local copy"
+            "write root= (data.root=) with the folder of a local copy"
         ) from error
     if missing := [column for column in columns if column not in rows.column_names]:
         raise ValueError(

@@ -104,7 +104,7 @@ def find_class_folders(root: str) -> dict[str, Path] | None:
         if not names:
             raise FileNotFoundError(
                 f"root={root!r} has no folders in {path}: put the images in train/<class>/ and val/<class>/, or "
-                f"download parquet files with\n    {hub.download_command(REPOSITORY, root)}"
+                f"download parquet files with `{hub.download_command(REPOSITORY, root)}`"
             )
     if classes[0] != classes[1]:
         odd = sorted(set(classes[0]) ^ set(classes[1]))
