@@ -21,7 +21,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from emulated import quiet
+from emulated import batches_per_second, quiet
 from report import Row, report
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
@@ -82,21 +82,8 @@ class Model(L.LightningModule):
 def dsp(batches: int, probability: float, **options: Any) -> float:
     """Return batches per second through the Trainer, between the warm-up and the last."""
     data = TensorDataset(*torch.randn(2, BATCH * (batches + WARM_UP), WIDTH))
-    model = Model(probability)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=STAGES,
-        strategy=DSPStrategy(process_group_backend="gloo", **options),
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(model, DataLoader(data, batch_size=BATCH))
-    if not model.marks:
-        return 0.0
-    return (len(model.marks) - 1 - WARM_UP) / (model.marks[-1] - model.marks[WARM_UP])
+    strategy = DSPStrategy(process_group_backend="gloo", **options)
+    return batches_per_second(Model(probability), DataLoader(data, batch_size=BATCH), STAGES, strategy, WARM_UP)
 
 
 def peer(schedule_class: Any, batches: int, probability: float) -> float:

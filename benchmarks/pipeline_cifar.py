@@ -15,21 +15,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import lightning as L
 import numpy as np
 import torch
 from datasets import load_dataset
-from emulated import quiet
+from emulated import batches_per_second, quiet
 from report import Row, report
 from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_stale import DSPStrategy
+from recipes.models import cifar_resnet
 
 BATCH, WARM_UP = 64, 6
 CASES: dict[str, dict[str, Any]] = {
@@ -39,34 +41,12 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-class Residual(nn.Module):
-    """Two 3x3 convolutions and a shortcut (He et al., 2016; option A for changing sizes)."""
-
-    def __init__(self, inside: int, outside: int) -> None:
-        super().__init__()
-        self.stride, self.padding = outside // inside, outside - inside
-        self.body = nn.Sequential(
-            nn.Conv2d(inside, outside, 3, self.stride, padding=1, bias=False),
-            nn.BatchNorm2d(outside),
-            nn.ReLU(),
-            nn.Conv2d(outside, outside, 3, padding=1, bias=False),
-            nn.BatchNorm2d(outside),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = nn.functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.padding))
-        return torch.relu(self.body(x) + shortcut)
-
-
 class ResNet20(L.LightningModule):
     """ResNet-20 for 32x32 images."""
 
     def __init__(self) -> None:
         super().__init__()
-        widths = [16, *[16] * 3, *[32] * 3, *[64] * 3]
-        blocks = [Residual(a, b) for a, b in pairwise(widths)]
-        stem = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-        self.net = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+        self.net = cifar_resnet(depth=20)
         self.marks: list[float] = []
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
@@ -87,36 +67,18 @@ def images(folder: str | None, count: int) -> TensorDataset:
     return TensorDataset(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1, torch.tensor(chosen["label"]))
 
 
-def batches_per_second(data: TensorDataset, devices: int, strategy: Any) -> float:
-    """Train on ``data`` once, and return the speed after the warm-up (0 on ranks without the loss)."""
-    model = ResNet20()
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=devices,
-        strategy=strategy,
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(model, DataLoader(data, batch_size=BATCH))
-    marks = model.marks[WARM_UP:]
-    return (len(marks) - 1) / (marks[-1] - marks[0]) if marks else 0.0
-
-
 def _measure(arguments: argparse.Namespace) -> None:
     """In one process, or in each of two: all cases, in turn."""
     quiet()
     torch.set_num_threads(1)
-    data = images(arguments.data, BATCH * (arguments.batches + WARM_UP))
+    loader = DataLoader(images(arguments.data, BATCH * (arguments.batches + WARM_UP)), batch_size=BATCH)
     cases = {"one process": None} if arguments.devices == 1 else CASES
     rounds = [name for _ in range(arguments.repetitions) for name in cases]
     results = []
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     for name in track(rounds, description=f"{arguments.devices} process(es)") if first else rounds:
         strategy = "auto" if arguments.devices == 1 else DSPStrategy(split="time", **CASES[name])
-        results.append((name, batches_per_second(data, arguments.devices, strategy)))
+        results.append((name, batches_per_second(ResNet20(), loader, arguments.devices, strategy, WARM_UP)))
     if first:
         arguments.json.write_text(json.dumps(results))
 
