@@ -18,7 +18,9 @@ import msgpack
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
+
+from lightning_stale.pipeline import strides
+from lightning_stale.pipeline.values import Tree, put_together, take_apart
 
 _POLL_S = 0.5
 _HEADER = 3  # int64: batch, length of the description (0: as before), what kind of message
@@ -93,11 +95,10 @@ class SendChannel(Channel):
         self._thread.start()
 
     def send(self, batch: int, value: Any) -> None:
-        leaves, tree = tree_flatten(value)
+        tree, tensors = take_apart(value)
         description = msgpack.packb(
-            [treespec_dumps(tree), [_describe(leaf) for leaf in leaves]], use_bin_type=True, strict_types=True
+            [tree, [_describe(tensor) for tensor in tensors]], use_bin_type=True, strict_types=True
         )
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         with self._changed:
             self._unsent += 1
         self._outbox.put((batch, description, tensors, _recorded_event(self._device)))
@@ -142,7 +143,7 @@ class SendChannel(Channel):
             self._put(torch.frombuffer(bytearray(description), dtype=torch.uint8))
         for tensor in tensors:
             if tensor.numel() > 0:
-                dist.send(_sendable(tensor), self._peer, self._group)
+                self._put(strides.flat(tensor).view(torch.uint8))
 
     def _put(self, tensor: Tensor) -> None:
         dist.send(tensor.to(self._device), self._peer, self._group)
@@ -184,7 +185,8 @@ class ReceiveChannel(Channel):
         self._thread.join(timeout)
 
     def _run(self) -> None:
-        description: list[Any] = []
+        tree: Tree = []
+        described: list[list[Any]] = []
         try:
             while True:
                 self._room.acquire()
@@ -193,46 +195,34 @@ class ReceiveChannel(Channel):
                     raise ChannelError("it has closed the channel")
                 if length:
                     packed = self._get(torch.uint8, [length]).cpu().numpy().tobytes()
-                    description = msgpack.unpackb(packed, raw=False)
-                tree, leaves = treespec_loads(description[0]), [self._leaf(leaf) for leaf in description[1]]
+                    tree, described = msgpack.unpackb(packed, raw=False)
+                tensors = [self._tensor(*description) for description in described]
                 if self._device.type == "cuda":
                     torch.cuda.current_stream(self._device).synchronize()
-                self._inbox.put((batch, _unflatten(leaves, tree)))
+                self._inbox.put((batch, put_together(tree, tensors)))
         except Exception as error:
             self._error = error
 
-    def _leaf(self, description: list[Any]) -> Any:
-        kind, *rest = description
-        if kind == "value":
-            return rest[0]
-        dtype, shape = rest
-        return self._get(getattr(torch, dtype), shape)
+    def _tensor(self, dtype: str, shape: list[int], stride: list[int], on_cpu: bool, requires_grad: bool) -> Tensor:
+        kind = getattr(torch, dtype)
+        if 0 in shape:
+            tensor = torch.empty_strided(shape, stride, dtype=kind, device=self._device)
+        else:
+            elements = self._get(torch.uint8, [strides.flat_size(shape, stride) * kind.itemsize]).view(kind)
+            tensor = strides.restored(elements, shape, stride)
+        if on_cpu:  # the lengths of a packed sequence, say, while the features are on a GPU
+            tensor = tensor.cpu()
+        return tensor.detach().requires_grad_(requires_grad)
 
     def _get(self, dtype: torch.dtype, shape: list[int]) -> Tensor:
         tensor = torch.empty(shape, dtype=dtype, device=self._device)
-        if tensor.numel() > 0:
-            dist.recv(tensor.view(torch.uint8) if dtype == torch.bool else tensor, self._peer, self._group)
+        dist.recv(tensor, self._peer, self._group)
         return tensor
 
 
-def _describe(leaf: Any) -> list[Any]:
-    if isinstance(leaf, Tensor):
-        return ["tensor", str(leaf.dtype).removeprefix("torch."), list(leaf.shape)]
-    if leaf is None or isinstance(leaf, (bool, int, float, str)):
-        return ["value", leaf]
-    raise TypeError(
-        f"{type(leaf).__name__} cannot travel between stages: features may be tensors, numbers, strings and None, in "
-        "tuples, lists and dicts"
-    )
-
-
-def _sendable(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().contiguous()
-    return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
-
-
-def _unflatten(leaves: list[Any], tree: TreeSpec) -> Any:
-    return tree_unflatten(leaves, tree)
+def _describe(tensor: Tensor) -> list[Any]:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return [dtype, list(tensor.shape), list(tensor.stride()), tensor.device.type == "cpu", tensor.requires_grad]
 
 
 def _recorded_event(device: torch.device) -> torch.cuda.Event | None:

@@ -59,7 +59,7 @@ class Pipeline:
 
     def evaluate(self, features: Features) -> Features | None:
         """Run the blocks without a backward to come."""
-        result = self._through(features, self._evaluated, lambda stage, h: stage.block(h))
+        result = self._through(features, self._evaluated, lambda stage, h: stage.evaluate(h))
         self._evaluated += 1
         return result
 

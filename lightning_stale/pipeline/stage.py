@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils._pytree import tree_flatten, tree_map
+
+from lightning_stale.pipeline.buffers import Buffers
+from lightning_stale.pipeline.strides import copied
+from lightning_stale.pipeline.values import map_tensors, put_together, take_apart
+from lightning_stale.pipeline.values import tensors as tensors
+from lightning_stale.pipeline.weights import ForwardWeights
 
 Features = tuple[Any, ...]
-"""The positional arguments of a block: tensors, or nested tuples, lists and dicts of tensors and plain values."""
+"""The positional arguments of a block: what :mod:`~lightning_stale.pipeline.values` can take apart."""
 
 Gradients = list[Tensor | None]
-"""One entry per floating-point tensor among the flattened features; None where nothing depends on it."""
+"""One entry per tensor among the features that requires a gradient; None where nothing depends on it."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,8 @@ class Block:
     module: nn.Module
     spreads: bool = False
 
-    def __call__(self, features: Features, weights: dict[str, Tensor] | None = None) -> Features:
-        result = self.module(*features) if weights is None else functional_call(self.module, weights, features)
+    def __call__(self, features: Features) -> Features:
+        result = self.module(*features)
         return tuple(result) if self.spreads else (result,)
 
 
@@ -36,10 +39,13 @@ class Block:
 class _Pending:
     """A batch whose backward is still to come."""
 
-    inputs: Features  # leaves of the graph that backward goes through
-    outputs: Features | None = None  # with their graph; None: to be recomputed
+    inputs: Features
+    leaves: list[Tensor]  # the tensors of the inputs, where the graph that backward goes through ends
+    outputs: list[Tensor] | None = None  # those that require a gradient, with their graph; None: to be recomputed
     random_state: dict[str, Any] | None = None
-    weights: dict[str, Tensor] = field(default_factory=dict)  # those of the forward, if the graph has its own
+    weights: ForwardWeights | None = None  # those of the forward, if others are in place when its graph goes backward
+    wanted: list[bool] = field(default_factory=list)  # which outputs required a gradient in the forward
+    trained: list[bool] = field(default_factory=list)  # which parameters did
 
 
 class Stage:
@@ -49,8 +55,8 @@ class Stage:
         block: the block.
         staleness: ``m_k``.
         recompute: keep inputs only, and run the block again, with the weights of then, before the backward. ``False``:
-            keep the graph of the forward over a copy of its weights; the update applies to the current ones.
-        first: whether its inputs are data, which need no gradient.
+            keep the graph of the forward and a copy of its weights; the update applies to the current ones.
+        first: whether its inputs are data, of any type, which need no gradient.
         last: whether its result goes to the loss; its graph is kept, and ``staleness`` is 0.
         context: entered around each run of the block (autocast, say).
     """
@@ -72,8 +78,8 @@ class Stage:
         self.last = last
         self._context = context
         self._pending: dict[int, _Pending] = {}
+        self._buffers = Buffers(block.module)
         self._mutates_inputs = True  # until the first forward has shown that it does not
-        self._mutable_buffers: set[tuple[int, str]] | None = None  # likewise
 
     @property
     def pending(self) -> list[int]:
@@ -81,21 +87,48 @@ class Stage:
         return list(self._pending)
 
     def forward(self, batch: int, features: Features) -> Features:
-        """Run the block on ``features`` of ``batch``; return its result, detached unless this is the last stage."""
-        inputs = tree_map(self._as_leaf, features)
-        if self.staleness == 0:  # the backward follows before anything changes: its graph is the forward's
-            outputs = self._run(inputs)
-            self._pending[batch] = _Pending(inputs, outputs)
-        elif self.recompute:
-            pending = _Pending(inputs, random_state=_random_state(inputs))
+        """Run the block on ``features`` of ``batch``; return its result.
+
+        Unless this is the last stage, the result has no graph, and its tensors require a gradient where the backward of
+        ``batch`` has use for one.
+
+        Raises:
+            TypeError: if the result cannot travel to the next stage.
+        """
+        objects: list[Any] = []
+        tree, given = take_apart(features, objects)
+        leaves = [tensor.detach().requires_grad_(tensor.requires_grad and not self.first) for tensor in given]
+        inputs = tuple(put_together(tree, leaves, objects))
+        if self.staleness > 0 and self.recompute:
+            pending = _Pending(inputs, leaves, random_state=_random_state(inputs))
             self._pending[batch] = pending
-            with torch.no_grad(), self._buffers_kept():
-                outputs = self._run(inputs)
-        else:
-            weights = {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in self._parameters()}
-            outputs = self._run(inputs, weights)
-            self._pending[batch] = _Pending(inputs, outputs, weights=weights)
-        return outputs if self.last else tree_map(partial(_sendable, own=self._memory()), outputs)
+            with self._buffers.kept():
+                outputs = self._run(inputs)  # its graph shows what requires a gradient, and is dropped
+        else:  # with staleness 0 the backward follows before anything changes
+            outputs = self._run(inputs)
+            pending = self._pending[batch] = _Pending(inputs, leaves)
+            if self.staleness > 0:
+                pending.weights = ForwardWeights(self.block.module)
+        if self.last:
+            return outputs
+        tree, made = take_apart(outputs)
+        pending.wanted = [tensor.requires_grad for tensor in made]
+        pending.trained = self._trained()
+        if not (self.staleness > 0 and self.recompute):
+            pending.outputs = [tensor for tensor in made if tensor.requires_grad]
+        own = self._memory()
+        return tuple(put_together(tree, [_sendable(tensor, own) for tensor in made]))
+
+    def evaluate(self, features: Features) -> Features:
+        """Run the block without a backward to come.
+
+        Raises:
+            TypeError: if the result cannot travel to the next stage.
+        """
+        result = self.block(features)
+        if not self.last:
+            take_apart(result)
+        return result
 
     def backward(self, batch: int, gradients: Gradients) -> Gradients:
         """Back-propagate ``gradients`` of the result of ``batch``; gradients of the parameters accumulate as usual.
@@ -104,47 +137,49 @@ class Stage:
             The gradients of the inputs.
         """
         pending = self._pending[batch]
-        outputs = pending.outputs
-        if outputs is None:
-            with _replay(pending.random_state):
-                outputs = self._run(pending.inputs)
-        pairs = [
-            (output, gradient)
-            for output, gradient in zip(floating(outputs), gradients, strict=True)
-            if gradient is not None and output.requires_grad
-        ]
-        if pairs:
-            torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
-        with torch.no_grad():
-            for name, parameter in self._parameters() if pending.weights else ():
-                gradient = pending.weights[name].grad
-                if gradient is not None:
-                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        with nullcontext() if pending.weights is None else pending.weights.in_place():
+            outputs = pending.outputs if pending.outputs is not None else self._recomputed(pending)
+            pairs = [
+                (output, gradient)
+                for output, gradient in zip(outputs, gradients, strict=True)
+                if gradient is not None and output.requires_grad
+            ]
+            if pairs:
+                torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
         return self.finish(batch)
 
     def finish(self, batch: int) -> Gradients:
         """Forget ``batch``, whose backward has run; return the gradients of its inputs."""
-        return [tensor.grad for tensor in floating(self._pending.pop(batch).inputs)]
+        return [leaf.grad for leaf in self._pending.pop(batch).leaves if leaf.requires_grad]
 
-    def _parameters(self) -> list[tuple[str, nn.Parameter]]:
-        return list(self.block.module.named_parameters())
+    def _recomputed(self, pending: _Pending) -> list[Tensor]:
+        with _replay(pending.random_state):
+            outputs = take_apart(self._run(pending.inputs))[1]
+        requiring = [output.requires_grad for output in outputs]
+        others = len(outputs) != len(pending.wanted)
+        if others or (requiring != pending.wanted and self._trained() == pending.trained):
+            raise RuntimeError(
+                f"of the {len(pending.wanted)} tensors that a block passed on, {sum(pending.wanted)} required a "
+                f"gradient, and when it ran again for the same batch {sum(requiring)} of {len(requiring)}: make its "
+                "forward do the same both times, or write DSPStrategy(recompute=False)"
+            )
+        return [output for output, wanted in zip(outputs, pending.wanted, strict=True) if wanted]
+
+    def _trained(self) -> list[bool]:
+        return [parameter.requires_grad for parameter in self.block.module.parameters()]
 
     def _memory(self) -> set[int]:
         """Return where the parameters and buffers are, which change while the neighbour still has the features."""
         module = self.block.module
-        return {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
+        held = tensors([*module.parameters(), *module.buffers()])
+        return {tensor.untyped_storage().data_ptr() for tensor in held if tensor.layout is torch.strided}
 
-    def _as_leaf(self, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return value.detach().requires_grad_(not self.first and value.is_floating_point())
-
-    def _run(self, inputs: Features, weights: dict[str, Tensor] | None = None) -> Features:
+    def _run(self, inputs: Features) -> Features:
         """Run the block; a copy of the inputs if it changes them in place, as a leading ``ReLU(inplace=True)`` does."""
-        given = tree_map(_copied, inputs) if self._mutates_inputs else inputs
+        given = map_tensors(copied, inputs) if self._mutates_inputs else inputs
         before = [tensor._version for tensor in tensors(given)]
         with self._context():
-            outputs = self.block(given, weights)
+            outputs = self.block(given)
         changed = before != [tensor._version for tensor in tensors(given)]
         if changed and not self._mutates_inputs:
             raise RuntimeError(
@@ -154,52 +189,12 @@ class Stage:
         self._mutates_inputs = changed
         return outputs
 
-    @contextmanager
-    def _buffers_kept(self) -> Iterator[None]:
-        """Undo what a forward does to the block's buffers (batch norm's statistics): the recompute will do it."""
-        held = {
-            (id(module), name): (module, buffer, buffer._version)
-            for module in self.block.module.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        }
-        learnt = self._mutable_buffers
-        copies = {key: buffer.clone() for key, (_, buffer, _) in held.items() if learnt is None or key in learnt}
-        yield
-        changed = set()
-        for key, (module, buffer, version) in held.items():
-            same = module._buffers[key[1]] is buffer and buffer._version == version
-            if same and (key not in copies or torch.equal(buffer, copies[key])):  # batch norm leaves the version alone
-                continue
-            changed.add(key)
-            if key not in copies:
-                raise RuntimeError(
-                    f"{type(module).__name__} changed its buffer {key[1]!r}, which it did not do for the first "
-                    "batch: write DSPStrategy(recompute=False)"
-                )
-            module._buffers[key[1]] = buffer.copy_(copies[key])
-        self._mutable_buffers = changed if learnt is None else learnt
 
-
-def tensors(features: Any) -> list[Tensor]:
-    """Return the tensors among flattened ``features``."""
-    return [value for value in tree_flatten(features)[0] if isinstance(value, Tensor)]
-
-
-def floating(features: Any) -> list[Tensor]:
-    """Return the floating-point tensors among flattened ``features``: those that may have gradients."""
-    return [tensor for tensor in tensors(features) if tensor.is_floating_point()]
-
-
-def _sendable(value: Any, own: set[int]) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    value = value.detach()
-    return value.clone() if value.untyped_storage().data_ptr() in own else value
-
-
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+def _sendable(tensor: Tensor, own: set[int]) -> Tensor:
+    sent = tensor.detach()
+    if tensor.untyped_storage().data_ptr() in own:
+        sent = copied(sent)
+    return sent.requires_grad_(tensor.requires_grad)
 
 
 def _random_state(inputs: Features) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_stale import DSPStrategy
 from lightning_stale.pipeline.pipeline import Pipeline
-from lightning_stale.pipeline.stage import Block, Stage, floating
+from lightning_stale.pipeline.stage import Block, Stage, tensors
 from tests.integration.models import trainer, weights
 from tests.unit.pipeline.networks import Chain, batches
 
