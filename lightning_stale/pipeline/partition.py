@@ -5,13 +5,16 @@ from __future__ import annotations
 import inspect
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_stale.pipeline.strides import copied
+from lightning_stale.pipeline.values import map_tensors, tensors
 
 
 class CannotCutError(ValueError):
@@ -128,19 +131,35 @@ def cut_sequential(body: nn.Sequential, starts: Sequence[int]) -> list[nn.Module
     return [nn.Sequential(OrderedDict(children[a:b])) for a, b in pairwise(bounds)]
 
 
-def measure_layers(body: nn.Sequential, example: Any, repetitions: int = 5) -> list[float]:
-    """Return the seconds of forward and backward of each child, the least of ``repetitions``; nothing is changed."""
+def measure_layers(
+    body: nn.Sequential,
+    example: Any,
+    repetitions: int = 5,
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> list[float]:
+    """Return the seconds of forward and backward of each child, the least of ``repetitions``; nothing is changed.
+
+    Args:
+        body: its children run one after the other.
+        example: the input of the first.
+        repetitions: how often.
+        context: entered around each forward (autocast, say).
+    """
     buffers = {name: buffer.clone() for name, buffer in body.named_buffers()}
     gradients = [parameter.grad for parameter in body.parameters()]
+    for parameter in body.parameters():
+        parameter.grad = None  # or else what is there would be added to
     times = [float("inf")] * len(body)
     with torch.random.fork_rng():
         for _ in range(repetitions):
             x = example
             for i, layer in enumerate(body):
-                x = tree_map(_detached, x)
+                x = map_tensors(_leaf, x)
+                given = map_tensors(copied, x)  # an in-place layer must not change a leaf, or what comes again
                 started = time.perf_counter()
-                y = layer(x)
-                outputs = [t for t in tree_leaves(y) if isinstance(t, torch.Tensor) and t.requires_grad]
+                with context():
+                    y = layer(given)
+                outputs = [tensor for tensor in tensors(y) if tensor.requires_grad]
                 if outputs:
                     torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
                 if torch.cuda.is_available():
@@ -171,36 +190,85 @@ def cut_traced(body: nn.Module, names: Sequence[str], label: str) -> list[nn.Mod
                 f"{', '.join(repr(path) for path, _ in body.named_children())}"
             )
     try:
-        training, evaluating = (_trace(body, training) for training in (True, False))
+        training, evaluating = _traced(body, names)
     except Exception as error:
         raise CannotCutError(
             f"{label} ({type(body).__name__}) cannot be traced by torch.fx: {error}. Its forward branches on values; "
             "write it as an nn.Sequential, cut a submodule without branches (DSPStrategy(module=...)), or define "
             "configure_stages() in the LightningModule"
         ) from error
-    blocks = _blocks(body, training, names, label)
-    if str(training) == str(evaluating):
+    blocks = _blocks(body, training.graph, names, label)
+    if str(training.graph) == str(evaluating.graph):
         return blocks
-    return [_TwoModes(body, *both) for both in zip(blocks, _blocks(body, evaluating, names, label), strict=True)]
+    as_evaluated = _blocks(body, evaluating.graph, names, label)
+    return [_TwoModes(training.modes, evaluating.modes, *both) for both in zip(blocks, as_evaluated, strict=True)]
 
 
 class _Tracer(fx.Tracer):
+    """Traces through the modules in which a block starts, or (``names``: None) through all but torch's own.
+
+    What is not traced runs as it was written: it may branch, and ask for ``self.training``.
+    """
+
     proxy_buffer_attributes = True  # a causal mask is cut to the length of its input
+
+    def __init__(self, names: Sequence[str] | None) -> None:
+        super().__init__()
+        self._names = names
+        self.through: list[nn.Module] = []
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if self._names is None:
+            leaf = super().is_leaf_module(m, module_qualified_name)
+        else:
+            leaf = not any(name.startswith(f"{module_qualified_name}.") for name in self._names)
+        if not leaf:
+            self.through.append(m)
+        return leaf
+
+
+class _Trace(NamedTuple):
+    graph: fx.Graph
+    modes: list[tuple[nn.Module, bool]]  # of the modules that were traced through
 
 
 class _TwoModes(nn.Module):
     """A block whose forward asks for ``self.training``, which a trace answers once and for all."""
 
-    def __init__(self, body: nn.Module, training: nn.Module, evaluating: nn.Module) -> None:
+    def __init__(
+        self,
+        training: list[tuple[nn.Module, bool]],
+        evaluating: list[tuple[nn.Module, bool]],
+        as_trained: nn.Module,
+        as_evaluated: nn.Module,
+    ) -> None:
         super().__init__()
-        self._body = [body]  # not a submodule
-        self.as_trained, self.as_evaluated = training, evaluating
+        self._modes = (training, evaluating)  # no submodules
+        self.as_trained, self.as_evaluated = as_trained, as_evaluated
 
     def forward(self, *features: Any) -> Any:
-        return (self.as_trained if self._body[0].training else self.as_evaluated)(*features)
+        for modes, block in zip(self._modes, (self.as_trained, self.as_evaluated), strict=True):
+            if all(module.training == mode for module, mode in modes):
+                return block(*features)
+        other = next(
+            module for module, mode in self._modes[not self._modes[0][0][0].training] if module.training != mode
+        )
+        raise RuntimeError(
+            f"{type(other).__name__} is in {'train' if other.training else 'eval'} mode, which it was not when the "
+            "model was cut, and the forward around it asks for self.training: put it there before fit, or define "
+            "configure_stages() in the LightningModule"
+        )
 
 
-def _trace(body: nn.Module, training: bool) -> fx.Graph:
+def _traced(body: nn.Module, names: Sequence[str]) -> tuple[_Trace, _Trace]:
+    """Trace ``body`` in train and in eval mode."""
+    try:
+        return _trace(body, True, names), _trace(body, False, names)
+    except Exception:  # it uses the result of a submodule in a way that asks what it is
+        return _trace(body, True, None), _trace(body, False, None)
+
+
+def _trace(body: nn.Module, training: bool, names: Sequence[str] | None) -> _Trace:
     """Trace ``body`` in one of its modes; arguments with a default have that value."""
     modes = [(module, module.training) for module in body.modules()]
     defaults = {
@@ -211,7 +279,9 @@ def _trace(body: nn.Module, training: bool) -> fx.Graph:
     try:
         if body.training != training:  # or else as it is: parts of it may be frozen
             body.train(training)
-        return _Tracer().trace(body, concrete_args=defaults)
+        tracer = _Tracer(names)
+        graph = tracer.trace(body, concrete_args=defaults)
+        return _Trace(graph, [(module, module.training) for module in [body, *tracer.through]])
     finally:
         for module, mode in modes:
             module.training = mode
@@ -247,7 +317,11 @@ def _block_graph(body: nn.Module, graph: fx.Graph, block_of: dict[fx.Node, int],
         result.output(fx.map_arg(output.args[0], lambda used: copies[used]))
     else:
         result.output(tuple(copies[node] for node in _live(graph, block_of, block + 1)))
-    return fx.GraphModule(body, result, class_name=f"{type(body).__name__}Block{block}")
+    kept = [(module, set(module._non_persistent_buffers_set)) for module in body.modules()]
+    made = fx.GraphModule(body, result, class_name=f"{type(body).__name__}Block{block}")
+    for module, names in kept:  # a buffer that is read from outside of its module would now be in the state_dict
+        module._non_persistent_buffers_set = names
+    return made
 
 
 def _live(graph: fx.Graph, block_of: dict[fx.Node, int], block: int) -> list[fx.Node]:
@@ -274,7 +348,5 @@ def _is_within(path: str, name: str) -> bool:
     return path == name or path.startswith(name + ".")
 
 
-def _detached(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.detach().requires_grad_(value.is_floating_point())
-    return value
+def _leaf(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)

@@ -68,7 +68,8 @@ def _starts(trainer: Trainer, body: nn.Sequential, stages: int, split: Split) ->
     if split == "time":
         starts: Any = None
         if trainer.is_global_zero:  # measured once, on what the body is given for the first batch
-            costs = partition.measure_layers(body, internals.first_input(trainer, body))
+            example = internals.first_input(trainer, body)
+            costs = partition.measure_layers(body, example, context=trainer.precision_plugin.forward_context)
             starts = partition.cut_points(costs, stages)
         return list(trainer.strategy.broadcast(starts))
     return partition.check_cut_points([int(start) for start in split], len(body), stages)

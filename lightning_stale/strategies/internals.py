@@ -142,7 +142,9 @@ def first_input(trainer: Trainer, module: torch.nn.Module) -> Any:
         raise _CapturedError
 
     with torch.random.fork_rng():
-        batch = trainer.strategy.batch_to_device(next(iter(loader)), dataloader_idx=0)
+        batch = trainer.precision_plugin.convert_input(next(iter(loader)))
+        batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+        batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
         module.forward = capture
         try:
             with trainer.precision_plugin.train_step_context():
