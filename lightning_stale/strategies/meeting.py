@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_stale.strategies.checks import check_validation_batches
+from lightning_stale.strategies.identity import TrainedParameters
 
 if TYPE_CHECKING:
     from lightning_stale.strategies.base import StaleStrategy
@@ -22,6 +23,10 @@ class MeetingPoints(Callback):
 
     def __init__(self, strategy: StaleStrategy) -> None:
         self._strategy = strategy
+        self._trained: TrainedParameters | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._trained = TrainedParameters(pl_module, trainer.optimizers)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -38,6 +43,9 @@ class MeetingPoints(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._strategy.meet("the end of fit")
+        if self._trained is not None:
+            self._trained.check()
+            self._trained = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._strategy.report(exception)
