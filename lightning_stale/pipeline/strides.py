@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,11 +43,25 @@ def copied(tensor: Tensor) -> Tensor:
     """Return a copy with the strides of ``tensor``, through which gradients flow."""
     if tensor.layout is not torch.strided:
         return tensor.clone()
-    small = _unexpanded(tensor)
-    if _extent(small.shape, small.stride()) in (None, small.numel()):
-        return small.clone().expand(tensor.shape)
-    empty = torch.empty_strided(small.shape, small.stride(), dtype=small.dtype, device=small.device)
-    return empty.copy_(small).expand(tensor.shape)
+    if tensor.numel() != flat_size(tensor.shape, tensor.stride()):
+        copy: Tensor = _ExpandedCopy.apply(tensor)  # type: ignore[no-untyped-call]
+        return copy
+    if _extent(tensor.shape, tensor.stride()) in (None, tensor.numel()):
+        return tensor.clone()
+    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return empty.copy_(tensor)
+
+
+class _ExpandedCopy(torch.autograd.Function):
+    """Copies an expanded tensor as one; each of its elements has a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return copied(_unexpanded(tensor)).expand(tensor.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0]
 
 
 def _unexpanded(tensor: Tensor) -> Tensor:
@@ -57,7 +72,7 @@ def _unexpanded(tensor: Tensor) -> Tensor:
 
 
 def _sizes(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
-    return [1 if stride == 0 else size for size, stride in zip(shape, strides, strict=True)]
+    return [1 if stride == 0 and size > 1 else size for size, stride in zip(shape, strides, strict=True)]
 
 
 def _extent(sizes: Sequence[int], strides: Sequence[int]) -> int | None:

@@ -15,6 +15,7 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
+from lightning_stale.pipeline import internals as pipeline_internals
 from lightning_stale.strategies import internals
 
 
@@ -105,3 +106,29 @@ def test_current_hook() -> None:
 def test_ddp_has_what_the_strategy_overrides() -> None:
     for name in ("_configure_launcher", "configure_ddp", "setup_environment", "reduce", "teardown", "_layer_sync"):
         assert hasattr(DDPStrategy(), name), name
+
+
+def test_a_saved_tensor_is_taken_for_unchanged_once_its_version_is_put_back() -> None:
+    weight = torch.ones(3, requires_grad=True)
+    x = torch.ones(3, requires_grad=True)
+    product, version, values = (x * weight).sum(), weight._version, weight.detach().clone()
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward(retain_graph=True)
+    with torch.no_grad():
+        weight.copy_(values)
+    pipeline_internals.set_versions([weight], [version])
+    assert weight._version == version
+    product.backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.ones(3))
+
+
+def test_registered_types_tell_how_they_are_taken_apart() -> None:
+    node = pipeline_internals.registered_node(torch.return_types.max)
+    assert node is not None
+    pair = torch.max(torch.eye(2), 0)
+    children, context = node[0](pair)
+    assert type(node[1](list(children), context)) is type(pair)
+    assert pipeline_internals.registered_node(torch.nn.Linear) is None

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightning_stale import DSPStrategy
 from lightning_stale.pipeline.partition import (
@@ -124,6 +125,40 @@ def test_split_by_time_measures_what_training_will_run_and_changes_nothing() -> 
     assert all(buffer == 2 for buffer in model.net.buffers()), "two training steps, and not the measurement"
 
 
+class InPlace(Chain):
+    """As torchvision's AlexNet and VGG: activations among the children, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        relu = nn.ReLU(inplace=True)
+        self.net = nn.Sequential(relu, nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 8), relu, nn.Linear(8, 3))
+
+
+def test_split_by_time_takes_in_place_layers_and_leaves_their_input_alone() -> None:
+    body, x = InPlace().net, rows(3)
+    before, gradient = x.clone(), torch.ones(8)
+    body[1].bias.grad = gradient
+    assert len(measure_layers(body, x, repetitions=2)) == 6
+    assert torch.equal(x, before)
+    assert body[1].bias.grad is gradient
+    assert torch.equal(gradient, torch.ones(8))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true", "bf16-mixed"])
+def test_split_by_time_measures_in_the_precision_of_training(precision: Any) -> None:
+    class Noting(InPlace):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[Any] = []
+            self.net[1].register_forward_hook(lambda module, given, result: self.seen.append(result.dtype))
+
+    model = Noting()
+    strategy = DSPStrategy(stages=3, staleness="bp", split="time")
+    trainer(1, strategy, max_steps=1, precision=precision).fit(model, batches(2))
+    assert len(model.seen) == 5 + 1
+    assert len(set(model.seen)) == 1
+
+
 # --- what to cut ------------------------------------------------------------------------------------------------------
 
 
@@ -229,6 +264,113 @@ def test_a_traced_model_follows_train_and_eval() -> None:
         expected = original(tokens(5))
         torch.manual_seed(2)
         assert torch.equal(compose(blocks, tokens(5), None), expected)
+
+
+class Drops(nn.Module):
+    """Asks for its mode, and for a probability that a schedule changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.p = nn.Linear(6, 6), 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and float(x.abs().sum()) >= 0:  # a value: what holds no cut is not traced
+            x = F.dropout(x, self.p, self.training)
+        return self.linear(x)
+
+
+class Outer(nn.Module):
+    """Its forward asks for ``self.training`` between submodules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Sequential(Drops(), Drops()), Drops()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(F.dropout(self.one(x), 0.5, self.training))
+
+
+def same_draws(body: nn.Module, blocks: list[nn.Module]) -> None:
+    torch.manual_seed(2)
+    expected = body(rows(5))
+    torch.manual_seed(2)
+    assert torch.equal(compose(blocks, rows(5)), expected)
+
+
+def test_parts_may_be_frozen_and_schedules_change_what_a_forward_reads_after_the_cut() -> None:
+    body = Outer()
+    blocks = cut_traced(body, ["two"], "net")
+    same_draws(body, blocks)
+    body.one.eval()  # as a hook does that freezes a part at the start of an epoch
+    same_draws(body, blocks)
+    body.train()
+    body.two.p = 0.9
+    same_draws(body, blocks)
+    body.eval()
+    same_draws(body, blocks)
+
+
+def test_a_mode_that_the_trace_has_not_seen_is_an_error_with_the_cure() -> None:
+    class Nested(Outer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.three = Outer()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.three(super().forward(x))
+
+    body = Nested()
+    blocks = cut_traced(body, ["three.two"], "net")
+    same_draws(body, blocks)
+    body.three.eval()
+    with pytest.raises(
+        RuntimeError, match=r"Outer is in eval mode, .* put it there before fit, or define configure_st"
+    ):
+        compose(blocks, rows(5))
+    blocks = cut_traced(body, ["three.two"], "net")  # before fit
+    same_draws(body, blocks)
+
+
+def test_a_result_that_is_asked_what_it_is_is_traced_through() -> None:
+    class Tuples(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, None]:
+            return self.linear(x), None
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = Tuples(), Tuples()
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in (self.one, self.two):
+                (x, *_) = block(x)
+            return x
+
+    body = Reads()
+    assert torch.equal(compose(cut_traced(body, ["two"], "net"), rows(3)), body(rows(3)))
+
+
+def test_cutting_leaves_the_state_dict_as_it_was() -> None:
+    class Outside(nn.Module):
+        """Reads a buffer of a submodule, which is in no state_dict()."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.one.register_buffer("shift", torch.ones(6), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(self.one(x) + self.one.shift)
+
+    body = Outside()
+    names = list(body.state_dict())
+    blocks = cut_traced(body, ["two"], "net")
+    assert torch.equal(compose(blocks, rows(3)), body(rows(3)))
+    assert list(body.state_dict()) == names
 
 
 def test_what_cannot_be_cut_gets_an_error_with_the_alternatives() -> None:
