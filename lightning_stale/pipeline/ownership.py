@@ -180,7 +180,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _holders(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
     """Yield (module, name of the tensor in it, name of the tensor in ``model``)."""
-    for prefix, module in list(model.named_modules(remove_duplicate=False)):
+    for prefix, module in list(model.named_modules()):  # one that is held twice must not be replaced twice
         for name in [*module._parameters, *module._buffers]:
             yield module, name, f"{prefix}.{name}" if prefix else name
 
