@@ -17,6 +17,7 @@ from lightning_stale.parameter_server import memory, wire
 from lightning_stale.parameter_server.endpoint import Endpoint
 from lightning_stale.parameter_server.layout import Layout
 from lightning_stale.parameter_server.options import Options
+from lightning_stale.parameter_server.parcel import unpack
 from lightning_stale.parameter_server.socket import KeyPair, WorkerSocket
 
 Transport = Literal["auto", "shm", "tcp"]
@@ -66,7 +67,6 @@ class ParameterClient:
         keys = KeyPair(endpoint.worker_public, endpoint.worker_secret)
         self._socket = WorkerSocket(endpoint.address, endpoint.server_key, keys)
         self._layout = Layout.from_message(endpoint.layout)
-        self._version = -1
         self._wait_s = 0.0  # not yet reported
         self._compute_s = 0.0
         self._running_since: float | None = None
@@ -90,6 +90,7 @@ class ParameterClient:
         used: Sequence[bool],
         options: Options,
         clip: tuple[float, str] | None,
+        whole: bool = True,
     ) -> Release:
         """Push the gradients of one optimizer, wait for the OK, and pull the weights.
 
@@ -99,6 +100,8 @@ class ParameterClient:
             used: for each of them, whether there is a gradient.
             options: the values of its param groups.
             clip: value and ``"norm"`` or ``"value"``, to clip the mean of the round.
+            whole: whether to pull all weights, or only those that have a gradient here: then call :meth:`refresh` once
+                no graph is left that was computed with the others.
 
         Raises:
             RunFailedError: if the run has failed elsewhere.
@@ -114,13 +117,11 @@ class ParameterClient:
             used=list(used),
             options=options,
             clip=None if clip is None else list(clip),
+            whole=whole,
             nbytes=sum(end - start for start, end in ranges),
             **self._take_times(),
         )
-        data = memoryview(self._gradients.numpy())  # type: ignore[arg-type]
-        for first, last in ranges:
-            for start, end in wire.chunks(first, last):
-                self._socket.dealer.send_multipart([wire.encode_message("chunk", offset=start), data[start:end]])
+        self._send_chunks(self._gradients, ranges)
         message = self._receive_weights("released")
         wait_s = time.monotonic() - started
         self._wait_s += wait_s
@@ -156,10 +157,30 @@ class ParameterClient:
         thresholds: dict[str, int] = message["thresholds"]
         return thresholds
 
+    def refresh(self) -> None:
+        """Pull all weights of now, without waiting for anybody.
+
+        Raises:
+            RunFailedError: if the run has failed elsewhere.
+            ServerLostError: if the server has ended.
+        """
+        started = time.monotonic()
+        self._send("pull")
+        self._receive_weights("synced")
+        self._wait_s += time.monotonic() - started
+
     def pull(self) -> None:
-        """Pull the weights of now, without waiting for anybody (also when the run has failed)."""
+        """As :meth:`refresh`, also when the run has failed."""
         self._send("pull")
         self._receive_weights("synced", failed_too=True)
+
+    def tell_changes(self, places: Sequence[int]) -> None:
+        """Let the server have the :attr:`weights` at ``places`` as they are here; for the only worker of a run."""
+        if self.shared or not places:  # its memory is the server's
+            return
+        ranges = self._layout.ranges(places)
+        self._send("change", places=list(places), nbytes=sum(end - start for start, end in ranges))
+        self._send_chunks(self._weights, ranges)
 
     def set_thresholds(self, thresholds: Mapping[str, int]) -> None:
         """Change thresholds of the paradigm; whoever that lets go on gets its OK at once.
@@ -241,18 +262,23 @@ class ParameterClient:
     def _send(self, kind: str, /, **fields: Any) -> None:
         self._socket.dealer.send(wire.encode_message(kind, **fields))
 
+    def _send_chunks(self, buffer: Tensor, ranges: Sequence[tuple[int, int]]) -> None:
+        data = memoryview(buffer.numpy())  # type: ignore[arg-type]
+        for first, last in ranges:
+            for start, end in wire.chunks(first, last):
+                self._socket.dealer.send_multipart([wire.encode_message("chunk", offset=start), data[start:end]])
+
     def _receive_weights(self, kind: str, deadline: float | None = None, failed_too: bool = False) -> dict[str, Any]:
         message = self._receive(kind, deadline, failed_too)
         self._receive_chunks(message["nbytes"], self._weights)
-        self._version = message["version"]
         return message
 
     def _ask(self, question: str, **fields: Any) -> Any:
         self._send(question, **fields)
-        nbytes = self._receive("reply", failed_too=True)["nbytes"]
-        packed = torch.empty(nbytes, dtype=torch.uint8)
-        self._receive_chunks(nbytes, packed)
-        return wire.decode_object(packed.numpy().tobytes())
+        reply = self._receive("reply", failed_too=True)
+        parcel = torch.empty(reply["size"], dtype=torch.uint8)
+        self._receive_chunks(reply["nbytes"], parcel)
+        return unpack(parcel, reply["head"])
 
     def _receive(
         self,
@@ -308,6 +334,8 @@ class ParameterClient:
     def _receive_chunks(self, nbytes: int, into: Tensor) -> None:
         while nbytes > 0:
             nbytes -= self._receive("chunk", failed_too=True, data=into)["nbytes"]
+            if nbytes > 0:
+                self._send("more")
 
     # --- times ------------------------------------------------------------------------------------------------------
 

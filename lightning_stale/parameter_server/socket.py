@@ -59,7 +59,9 @@ class ServerSocket:
         self.router.zap_domain = _ZAP_DOMAIN.encode()
         _set_limits(self.router)
         self.router.router_mandatory = True  # a message to a worker that is gone is an error, not lost in silence
-        self.monitor = self.router.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH)
+        events = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+        self.monitor = self.router.get_monitor_socket(events)
+        self._open: set[int] = set()
         self.port: int = self.router.bind_to_random_port(f"tcp://{host}")
 
     def closed_connections(self) -> tuple[list[int], bool]:
@@ -67,11 +69,19 @@ class ServerSocket:
         descriptors, refused = [], False
         while self.monitor.poll(0):
             event = recv_monitor_message(self.monitor)
-            if event["event"] == zmq.EVENT_DISCONNECTED:
-                descriptors.append(int(event["value"]))
+            connection = int(event["value"])
+            if event["event"] == zmq.EVENT_ACCEPTED:
+                self._open.add(connection)
+            elif event["event"] == zmq.EVENT_DISCONNECTED:
+                descriptors.append(connection)
+                self._open.discard(connection)
             else:
                 refused = True
         return descriptors, refused
+
+    def is_open(self, connection: int) -> bool:
+        """Whether the connection that has this descriptor now is open, as of the last :meth:`closed_connections`."""
+        return connection in self._open
 
     def close(self) -> None:
         """Send what is queued (for at most two seconds), and close."""

@@ -159,6 +159,7 @@ class StaleSyncStrategy(StaleStrategy):
             self.precision_plugin,
             averages=self.paradigm.averages,
             alone=self.world_size == 1,
+            whole=self.lightning_module.automatic_optimization,
             guard=self._guard,
         )
         for optimizer in self.optimizers:
@@ -169,6 +170,11 @@ class StaleSyncStrategy(StaleStrategy):
         """Let the time until the next push count as computing."""
         if self._client is not None:
             self._client.start_computing()
+
+    def after_batch(self) -> None:
+        """Pull the weights that other optimizers' losses may have needed until now."""
+        if self._exchange is not None:
+            self._exchange.after_batch()
 
     def on_validation_end(self) -> None:
         """Weights that a callback has swapped for validation, and back, are not a change."""
@@ -252,6 +258,8 @@ class StaleSyncStrategy(StaleStrategy):
         """Return the weights, after all workers have met; without waiting where the run has been interrupted."""
         if self._client is not None:
             if self._require_trainer().interrupted:
+                if self._exchange is not None:
+                    self._exchange.look_for_changes()
                 self._client.pull()
                 if self._exchange is not None:
                     self._exchange.spread()
