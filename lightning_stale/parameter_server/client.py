@@ -22,6 +22,8 @@ from lightning_stale.parameter_server.socket import KeyPair, WorkerSocket
 
 Transport = Literal["auto", "shm", "tcp"]
 CONNECT_TIMEOUT_S = 60.0
+QUESTION_TIMEOUT_S = 30.0
+"""How long a worker that ends waits for an answer: a server amid a step answers after it, one that hangs never."""
 _ABORT_TIMEOUT_S = 5.0
 _POLL_MS = 200
 
@@ -72,7 +74,14 @@ class ParameterClient:
         self._running_since: float | None = None
         self.last_release: Release | None = None
         self.failure: RunFailedError | None = None
-        self.buffer, self._gradients, self._weights = self._connect(transport)
+        self._ending = False
+        self._owes_aborted = False  # the server has not answered the abort yet
+        self._silent: ServerLostError | None = None
+        try:
+            self.buffer, self._gradients, self._weights = self._connect(transport)
+        except BaseException:
+            self._socket.drop()
+            raise
         self.gradients = self._layout.views(self._gradients)
         self.weights = self._layout.views(self._weights)
 
@@ -171,8 +180,8 @@ class ParameterClient:
 
     def pull(self) -> None:
         """As :meth:`refresh`, also when the run has failed."""
-        self._send("pull")
-        self._receive_weights("synced", failed_too=True)
+        self._ask_for("pull")
+        self._receive_weights("synced", self._patience(), failed_too=True)
 
     def tell_changes(self, places: Sequence[int]) -> None:
         """Let the server have the :attr:`weights` at ``places`` as they are here; for the only worker of a run."""
@@ -216,14 +225,20 @@ class ParameterClient:
 
         Where several fail, the others' errors are mostly about the first (a broken connection, say).
         """
+        self.begin_to_end()
         text = text.encode(errors="replace")[-wire.HEADER_BYTES // 2 :].decode(errors="replace")
         self._send("abort", kind=kind, text=text)
         try:  # an interrupted call may have left replies that nobody has read
             message = self._receive("aborted", time.monotonic() + _ABORT_TIMEOUT_S, failed_too=True, skip=True)
         except (ServerLostError, RunFailedError):
+            self._owes_aborted, self._silent = True, None
             return self.failure
         self.failure = self.failure or RunFailedError(kind, text)
         return RunFailedError("error", message["cause"]) if message["cause"] else None
+
+    def begin_to_end(self) -> None:
+        """Wait no longer than :data:`QUESTION_TIMEOUT_S` for the answer to a question from now on."""
+        self._ending = True
 
     def close(self, finished: bool) -> None:
         """End the connection, with a goodbye if this worker has finished or the run has failed.
@@ -274,11 +289,26 @@ class ParameterClient:
         return message
 
     def _ask(self, question: str, **fields: Any) -> Any:
-        self._send(question, **fields)
-        reply = self._receive("reply", failed_too=True)
+        self._ask_for(question, **fields)
+        reply = self._receive("reply", self._patience(), failed_too=True)
         parcel = torch.empty(reply["size"], dtype=torch.uint8)
         self._receive_chunks(reply["nbytes"], parcel)
         return unpack(parcel, reply["head"])
+
+    def _ask_for(self, question: str, **fields: Any) -> None:
+        if self._silent is not None:
+            raise self._silent
+        if self._owes_aborted:  # what comes before that answers calls that were interrupted
+            self._receive("aborted", self._patience(), failed_too=True, skip=True)
+            self._owes_aborted = False
+        self._send(question, **fields)
+
+    def _patience(self) -> float | None:
+        return time.monotonic() + QUESTION_TIMEOUT_S if self._ends else None
+
+    @property
+    def _ends(self) -> bool:
+        return self._ending or self.failure is not None
 
     def _receive(
         self,
@@ -307,9 +337,15 @@ class ParameterClient:
                     "resume from the last checkpoint with trainer.fit(ckpt_path=...)."
                 ) from None
             if not ready:
-                if not failed_too:
+                if not self._ends:
                     self._check()
                 if deadline is not None and time.monotonic() > deadline:
+                    if self._ends:
+                        self._silent = ServerLostError(
+                            f"the parameter server (process {self._endpoint.pid}) does not answer rank {self.rank} any "
+                            "more: it hangs, most likely in the step of an optimizer"
+                        )
+                        raise self._silent
                     raise ServerLostError(
                         f"rank {self.rank} has waited in vain for the parameter server at {self._endpoint.address}, or "
                         "for other workers to reach it: is the port open between the hosts, and MASTER_ADDR the "

@@ -44,7 +44,6 @@ class Job:
     threads: int
     server_keys: KeyPair
     worker_key: str
-    parent: int
     snapshot: Mapping[str, Any] | None
 
 
@@ -56,7 +55,7 @@ class ServerProcess:
 
     def __init__(self) -> None:
         self.server_keys, self.worker_keys = KeyPair.new(), KeyPair.new()
-        command = [sys.executable, "-X", SERVER_OPTION, "-m", "lightning_stale.parameter_server"]
+        command = [sys.executable, "-X", SERVER_OPTION, "-m", "lightning_stale.parameter_server", str(os.getpid())]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         self._serving = False
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
@@ -96,7 +95,6 @@ class ServerProcess:
             threads=torch.get_num_threads(),
             server_keys=self.server_keys,
             worker_key=self.worker_keys.public,
-            parent=os.getpid(),
             snapshot=snapshot,
         )
         try:

@@ -51,6 +51,14 @@ class ServerSocket:
         self.context = zmq.Context()
         self._authenticator = ThreadAuthenticator(self.context)
         self._authenticator.start()
+        try:
+            self._listen(host, server, worker_key)
+        except BaseException:
+            self._authenticator.stop()
+            self.context.destroy(linger=0)
+            raise
+
+    def _listen(self, host: str, server: KeyPair, worker_key: str) -> None:
         self._authenticator.configure_curve_callback(_ZAP_DOMAIN, _OneKey(worker_key))
         self.router = self.context.socket(zmq.ROUTER)
         self.router.curve_server = True
@@ -97,6 +105,13 @@ class WorkerSocket:
 
     def __init__(self, address: str, server_key: str, worker: KeyPair) -> None:
         self.context = zmq.Context()
+        try:
+            self._connect(address, server_key, worker)
+        except BaseException:
+            self.drop()
+            raise
+
+    def _connect(self, address: str, server_key: str, worker: KeyPair) -> None:
         self.dealer = self.context.socket(zmq.DEALER)
         self.dealer.curve_serverkey = server_key.encode()
         self.dealer.curve_publickey = worker.public.encode()
@@ -131,6 +146,10 @@ class WorkerSocket:
         self._monitor.close(linger=0)
         self.dealer.close(linger=0 if self._broken else 2_000)
         self.context.term()
+
+    def drop(self) -> None:
+        """Close at once, whatever is queued: a context that is left with open sockets blocks when it is collected."""
+        self.context.destroy(linger=0)
 
 
 def _set_limits(socket: zmq.Socket[bytes]) -> None:

@@ -200,11 +200,12 @@ class StaleSyncStrategy(StaleStrategy):
         """End what is left after a failure; the model keeps the weights it has."""
         if self._exchange is not None and self.is_global_zero:
             try:
+                self._require_client().begin_to_end()
                 self._take_back_optimizers()
-            except (ServerLostError, RunFailedError, WireError):
+            except (ServerLostError, RunFailedError, WireError) as error:
                 rank_zero_warn(
-                    "the state of the optimizers was in the parameter server, which is gone: what is saved now lacks "
-                    "it. Resume from the last checkpoint."
+                    f"the state of the optimizers is lost with the parameter server, where it was: {error}. What is "
+                    "saved now lacks it: resume from the last checkpoint."
                 )
         self._release_model()
         if self._client is not None:
