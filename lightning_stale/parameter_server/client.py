@@ -14,11 +14,12 @@ from torch import Tensor
 
 from lightning_stale.failures import RunFailedError
 from lightning_stale.parameter_server import memory, wire
+from lightning_stale.parameter_server.credentials import Credentials
 from lightning_stale.parameter_server.endpoint import Endpoint
 from lightning_stale.parameter_server.layout import Layout
 from lightning_stale.parameter_server.options import Options
 from lightning_stale.parameter_server.parcel import unpack
-from lightning_stale.parameter_server.socket import KeyPair, WorkerSocket
+from lightning_stale.parameter_server.socket import WorkerSocket
 
 Transport = Literal["auto", "shm", "tcp"]
 CONNECT_TIMEOUT_S = 60.0
@@ -49,6 +50,7 @@ class ParameterClient:
 
     Args:
         endpoint: where the server is.
+        credentials: of the run.
         rank: the worker's global rank.
         transport: ``"shm"``, ``"tcp"``, or ``"auto"``: shared memory on the server's host, TCP otherwise.
         check: called while waiting; raises to break off (a signal has come, say).
@@ -61,13 +63,17 @@ class ParameterClient:
     """
 
     def __init__(
-        self, endpoint: Endpoint, rank: int, transport: Transport, check: Callable[[], None] = lambda: None
+        self,
+        endpoint: Endpoint,
+        credentials: Credentials,
+        rank: int,
+        transport: Transport,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self._endpoint = endpoint
         self._check = check
         self.rank = rank
-        keys = KeyPair(endpoint.worker_public, endpoint.worker_secret)
-        self._socket = WorkerSocket(endpoint.address, endpoint.server_key, keys)
+        self._socket = WorkerSocket(endpoint.address, credentials.server.public, credentials.worker)
         self._layout = Layout.from_message(endpoint.layout)
         self._wait_s = 0.0  # not yet reported
         self._compute_s = 0.0

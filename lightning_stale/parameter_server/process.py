@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_stale.paradigms import Paradigm
+from lightning_stale.parameter_server.credentials import Credentials
 from lightning_stale.parameter_server.pickling import dump_optimizers
 from lightning_stale.parameter_server.socket import KeyPair
 
@@ -54,7 +55,6 @@ class ServerProcess:
     """
 
     def __init__(self) -> None:
-        self.server_keys, self.worker_keys = KeyPair.new(), KeyPair.new()
         command = [sys.executable, "-X", SERVER_OPTION, "-m", "lightning_stale.parameter_server", str(os.getpid())]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         self._serving = False
@@ -66,6 +66,7 @@ class ServerProcess:
         optimizers: Sequence[Optimizer],
         paradigm: Paradigm,
         world_size: int,
+        credentials: Credentials,
         host: str,
         folder: str,
         snapshot: Mapping[str, Any] | None = None,
@@ -77,6 +78,7 @@ class ServerProcess:
             optimizers: the user's, over ``parameters``, with the state to start from.
             paradigm: the gate.
             world_size: the number of workers.
+            credentials: of the run.
             host: the address to listen on.
             folder: where shared memory is made.
             snapshot: the clocks of a checkpoint.
@@ -93,8 +95,8 @@ class ServerProcess:
             host=host,
             folder=folder,
             threads=torch.get_num_threads(),
-            server_keys=self.server_keys,
-            worker_key=self.worker_keys.public,
+            server_keys=credentials.server,
+            worker_key=credentials.worker.public,
             snapshot=snapshot,
         )
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import zmq
 import zmq.auth
@@ -19,7 +19,7 @@ class KeyPair:
     """A CURVE key pair, each key as 40 printable characters (Z85)."""
 
     public: str
-    secret: str
+    secret: str = field(repr=False)
 
     @classmethod
     def new(cls) -> KeyPair:
