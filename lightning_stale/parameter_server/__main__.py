@@ -1,7 +1,8 @@
 """The server process: ``python -m lightning_stale.parameter_server PARENT``, started by global rank 0, ended with it.
 
 Standard input first carries the job (:class:`~lightning_stale.parameter_server.process.Job`, pickled by rank 0), and
-then stays open as a lifeline: when it closes, rank 0 is gone. Standard output carries one line, the port.
+then stays open as a lifeline: when it closes, rank 0 is gone. Standard output carries an empty line for each segment of
+shared memory that has been made, and then the port.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def main() -> None:
     server = ParameterServer(socket, store, layout, job.paradigm, job.world_size, job.folder)
     if job.snapshot is not None:
         server.resume(job.snapshot)
+    server.prepare_segments(job.local_workers, report=lambda: print(file=answer, flush=True))
     del job
     print(socket.port, file=answer, flush=True)
     answer.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from torch.distributed.distributed_c10d import Store
@@ -10,6 +11,8 @@ from lightning_stale.parameter_server import secret
 from lightning_stale.parameter_server.credentials import Credentials, ForgedError
 from lightning_stale.parameter_server.endpoint import Endpoint
 from lightning_stale.parameter_server.secret import SecretError, SecretFile
+
+_POLL_S = 0.02
 
 
 class ServerUnavailableError(ConnectionError):
@@ -51,13 +54,19 @@ class Introduction:
         self._store.set(self._key, f"+{name}\n{endpoint.encode(credentials)}")
         return endpoint, credentials
 
-    def accept(self) -> tuple[Endpoint, Credentials]:
-        """On another rank: learn what rank 0 offers.
+    def accept(self, check: Callable[[], None] = lambda: None) -> tuple[Endpoint, Credentials]:
+        """On another rank: learn what rank 0 offers, however long its server takes to start.
+
+        Args:
+            check: called while waiting; raises to break off.
 
         Raises:
             ServerUnavailableError: if it has failed to.
             SecretError: if this rank has not its secret, or somebody else has told it something.
         """
+        while not self._store.check([self._key]):
+            check()
+            time.sleep(_POLL_S)
         answer: str = self._store.get(self._key).decode()
         if not answer.startswith("+"):
             raise ServerUnavailableError(f"rank 0 could not start the parameter server: {answer[1:]}")

@@ -42,6 +42,7 @@ class Job:
     world_size: int
     host: str
     folder: str
+    local_workers: int
     threads: int
     server_keys: KeyPair
     worker_key: str
@@ -69,6 +70,7 @@ class ServerProcess:
         credentials: Credentials,
         host: str,
         folder: str,
+        local_workers: int = 0,
         snapshot: Mapping[str, Any] | None = None,
     ) -> int:
         """Send the job, and return the port once the server listens.
@@ -81,6 +83,7 @@ class ServerProcess:
             credentials: of the run.
             host: the address to listen on.
             folder: where shared memory is made.
+            local_workers: those that share memory with the server; for others it is made when they connect.
             snapshot: the clocks of a checkpoint.
 
         Raises:
@@ -94,6 +97,7 @@ class ServerProcess:
             world_size=world_size,
             host=host,
             folder=folder,
+            local_workers=local_workers,
             threads=torch.get_num_threads(),
             server_keys=credentials.server,
             worker_key=credentials.worker.public,
@@ -146,7 +150,10 @@ class ServerProcess:
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
             if select.select([stdout], [], [], 1.0)[0]:
-                return int(stdout.readline())
+                line = stdout.readline()
+                if line != b"\n":
+                    return int(line)
+                deadline = time.monotonic() + START_TIMEOUT_S  # it gets on
         raise OSError(f"no answer within {START_TIMEOUT_S:.0f} s")
 
     @staticmethod

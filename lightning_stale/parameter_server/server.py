@@ -81,6 +81,7 @@ class ParameterServer:
         self._round: dict[int, Push] = {}  # BSP: the pushes that wait for the step with their mean
         self._meeting = Meeting(world_size)
         self._statistics = RunStatistics(world_size, paradigm.thresholds)
+        self._segments: list[memory.Segment] = []  # that nobody has yet
         self._deliveries = Deliveries(self._send_chunk)
         self._failure: dict[str, str] | None = None
         self._stranger_logged = False
@@ -109,6 +110,17 @@ class ParameterServer:
         if snapshot["world_size"] == self._world_size:
             self._statistics.load_state_dict(snapshot)
         self._statistics.note_thresholds(self._paradigm.thresholds, self._store.version)
+
+    def prepare_segments(self, count: int, report: Callable[[], None]) -> None:
+        """Make the shared memory of ``count`` workers before they connect, which they do not do for ever.
+
+        Args:
+            count: how many are on this host.
+            report: called after each, which takes a while where they are large.
+        """
+        for _ in range(count):
+            self._segments.append(memory.create_segment(2 * self._layout.nbytes, self._folder))
+            report()
 
     def run(self, lifeline: int, orphaned: Callable[[], bool]) -> None:
         """Serve until every worker has said goodbye, or rank 0 is gone.
@@ -196,15 +208,16 @@ class ParameterServer:
             self._workers[rank] = _Worker(rank, identity, connection, message["pid"], torch.empty(0), None, [])
             self._lose(self._workers[rank])
             return
-        gradients = torch.zeros(nbytes, dtype=torch.uint8)
-        worker = _Worker(rank, identity, connection, message["pid"], gradients, None, self._layout.views(gradients))
+        gradients = torch.zeros(0 if message["shared"] else nbytes, dtype=torch.uint8)
+        views = [] if message["shared"] else self._layout.views(gradients)
+        worker = _Worker(rank, identity, connection, message["pid"], gradients, None, views)
         self._workers[rank] = self._by_identity[identity] = worker  # so that it hears of what fails below
         if self._failure is not None:
             self._send_failure(worker)
             return
         path, token = "", b""
         if message["shared"]:
-            segment = memory.create_segment(2 * nbytes, self._folder)
+            segment = self._segments.pop() if self._segments else memory.create_segment(2 * nbytes, self._folder)
             path, token = segment.path, segment.token
             worker.gradients, worker.weights = segment.data[:nbytes], segment.data[nbytes:]
             worker.gradient_views = self._layout.views(worker.gradients)

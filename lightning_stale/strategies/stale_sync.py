@@ -137,10 +137,14 @@ class StaleSyncStrategy(StaleStrategy):
 
     # --- training ---------------------------------------------------------------------------------------------------
 
+    def setup_environment(self) -> None:
+        """See that the ranks will trust each other, before they wait for each other."""
+        if self._require_trainer().state.fn == TrainerFn.FITTING:
+            secret.check(self.num_nodes)
+        super().setup_environment()
+
     def setup(self, trainer: Trainer) -> None:
         """Set up, and let the server process import what it needs meanwhile."""
-        if trainer.state.fn == TrainerFn.FITTING:
-            secret.check(self.num_nodes)
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING and self.is_global_zero:
             self._server = ServerProcess()
@@ -313,7 +317,9 @@ class StaleSyncStrategy(StaleStrategy):
         self._introduction = Introduction(
             internals.rendezvous_store(), run, self.global_rank, alone=self.world_size == 1
         )
-        return self._introduction.offer(self._start_server) if self.is_global_zero else self._introduction.accept()
+        if self.is_global_zero:
+            return self._introduction.offer(self._start_server)
+        return self._introduction.accept(self._check_signals)
 
     def _end_introduction(self) -> None:
         if self._introduction is not None:
@@ -335,6 +341,7 @@ class StaleSyncStrategy(StaleStrategy):
             credentials,
             host=host,
             folder=self._choose_folder(layout),
+            local_workers=self.num_processes if self._shares_memory() else 0,
             snapshot=self._snapshot,
         )
         return Endpoint(
@@ -344,8 +351,11 @@ class StaleSyncStrategy(StaleStrategy):
             layout=layout.to_message(),
         )
 
+    def _shares_memory(self) -> bool:
+        return self.transport != "tcp" and memory.supported()
+
     def _choose_folder(self, layout: Layout) -> str:
-        if self.transport == "tcp" or not memory.supported():
+        if not self._shares_memory():
             return ""
         folder, warning = memory.choose_folder(2 * layout.nbytes * self.num_processes)
         if warning is not None:

@@ -20,8 +20,6 @@ from lightning_stale.parameter_server.secret import SecretError, SecretFile
 LAYOUT = Layout.of([torch.zeros(2, 3), torch.zeros(4, 5).t(), torch.zeros(())])
 PLAIN_LAYOUT = json.loads(json.dumps(LAYOUT.to_message()))  # as it arrives
 ENDPOINT = Endpoint(address="tcp://127.0.0.1:5555", host_id="host", pid=7, layout=PLAIN_LAYOUT)
-    address="tcp://127.0.0.1:5555", host_id="host", pid=7, layout=json.loads(json.dumps(LAYOUT.to_message()))
-)
 
 
 @pytest.fixture(autouse=True)

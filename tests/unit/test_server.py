@@ -299,6 +299,18 @@ def test_who_has_the_newest_weights_is_not_sent_them_again() -> None:
     assert harness.released(0)["nbytes"] == harness.layout.nbytes
 
 
+@pytest.mark.skipif(not memory.supported(), reason="needs Linux")
+def test_segments_are_made_before_the_workers_connect(tmp_path: Path) -> None:
+    harness, made = Harness(ASP(), folder=str(tmp_path)), []
+    harness.server.prepare_segments(2, report=lambda: made.append(len(harness.server._segments)))
+    assert made == [1, 2]
+    harness.server._folder = str(tmp_path / "missing")  # so that no other one can be made
+    harness.start(shared=True)
+    harness.push(0, 2.0)
+    assert_weights(harness.weights(0, harness.released(0)), -1.0)
+    assert_weights(harness.weights(1, {"nbytes": 0}), 0.0)
+
+
 def test_unshared_workers_get_chunks(tmp_path: Path) -> None:
     harness = Harness(ASP(), world_size=1, folder=str(tmp_path))
     if not memory.supported():
