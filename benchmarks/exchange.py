@@ -34,6 +34,7 @@ from torch import Tensor
 from lightning_stale import ASP
 from lightning_stale.parameter_server import memory
 from lightning_stale.parameter_server.client import ParameterClient
+from lightning_stale.parameter_server.credentials import Credentials
 from lightning_stale.parameter_server.endpoint import Endpoint
 from lightning_stale.parameter_server.layout import Layout
 from lightning_stale.parameter_server.options import read_options
@@ -72,23 +73,21 @@ class _Stale:
         self.optimizer = torch.optim.SGD(parameters, lr=LR)
         self.server: ServerProcess | None = None
         store, key = rendezvous_store(), f"{transport}/{sum(p.numel() for p in parameters)}"
+        credentials = Credentials.derive("a benchmark's", run=key)
         if rank == 0:
             layout = Layout.of(parameters)
             self.server = ServerProcess()
             folder, _ = memory.choose_folder(2 * WORKERS * layout.nbytes)
-            port = self.server.serve(parameters, [self.optimizer], ASP(), WORKERS, "127.0.0.1", folder)
-            keys = self.server.worker_keys
+            port = self.server.serve(parameters, [self.optimizer], ASP(), WORKERS, credentials, "127.0.0.1", folder)
             endpoint = Endpoint(
                 f"tcp://127.0.0.1:{port}",
                 memory.host_id(),
                 self.server.pid,
-                self.server.server_keys.public,
-                keys.public,
-                keys.secret,
                 layout.to_message(),
             )
-            store.set(key, endpoint.encode())
-        self.client = ParameterClient(Endpoint.decode(store.get(key).decode()), rank, transport)
+            store.set(key, endpoint.encode(credentials))
+        endpoint = Endpoint.decode(store.get(key).decode(), credentials)
+        self.client = ParameterClient(endpoint, credentials, rank, transport)
         self.client.meet("the start", "")
         self.places = list(range(len(parameters)))
 

@@ -1,20 +1,26 @@
-"""The server process: ``python -m lightning_stale.parameter_server``, started by global rank 0 and ended with it.
+"""The server process: ``python -m lightning_stale.parameter_server PARENT``, started by global rank 0, ended with it.
 
 Standard input first carries the job (:class:`~lightning_stale.parameter_server.process.Job`, pickled by rank 0), and
-then stays open as a lifeline: when it closes, rank 0 is gone. Standard output carries one line, the port.
+then stays open as a lifeline: when it closes, rank 0 is gone. Standard output carries an empty line for each segment of
+shared memory that has been made, and then the port.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 
-signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: rank 0 decides when this ends
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
+from lightning_stale.parameter_server.watchdog import end_with
+
+# What is sent to the whole group, by Ctrl-C, a terminal that closes or SLURM: rank 0 decides when this ends.
+for _signal in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(_signal, signal.SIG_IGN)
+_PARENT = int(sys.argv[1])
+end_with(_PARENT, lifeline=sys.stdin.fileno())
 
 import logging
-import os
 import pickle
-import sys
 
 import torch
 
@@ -49,12 +55,12 @@ def main() -> None:
     server = ParameterServer(socket, store, layout, job.paradigm, job.world_size, job.folder)
     if job.snapshot is not None:
         server.resume(job.snapshot)
-    parent = job.parent
+    server.prepare_segments(job.local_workers, report=lambda: print(file=answer, flush=True))
     del job
     print(socket.port, file=answer, flush=True)
     answer.close()
     try:
-        server.run(lifeline=sys.stdin.fileno(), orphaned=lambda: os.getppid() != parent)
+        server.run(lifeline=sys.stdin.fileno(), orphaned=lambda: os.getppid() != _PARENT)
     finally:
         socket.close()
 

@@ -14,13 +14,17 @@ from torch import Tensor
 
 from lightning_stale.failures import RunFailedError
 from lightning_stale.parameter_server import memory, wire
+from lightning_stale.parameter_server.credentials import Credentials
 from lightning_stale.parameter_server.endpoint import Endpoint
 from lightning_stale.parameter_server.layout import Layout
 from lightning_stale.parameter_server.options import Options
-from lightning_stale.parameter_server.socket import KeyPair, WorkerSocket
+from lightning_stale.parameter_server.parcel import unpack
+from lightning_stale.parameter_server.socket import WorkerSocket
 
 Transport = Literal["auto", "shm", "tcp"]
 CONNECT_TIMEOUT_S = 60.0
+QUESTION_TIMEOUT_S = 30.0
+"""How long a worker that ends waits for an answer: a server amid a step answers after it, one that hangs never."""
 _ABORT_TIMEOUT_S = 5.0
 _POLL_MS = 200
 
@@ -46,6 +50,7 @@ class ParameterClient:
 
     Args:
         endpoint: where the server is.
+        credentials: of the run.
         rank: the worker's global rank.
         transport: ``"shm"``, ``"tcp"``, or ``"auto"``: shared memory on the server's host, TCP otherwise.
         check: called while waiting; raises to break off (a signal has come, say).
@@ -58,21 +63,31 @@ class ParameterClient:
     """
 
     def __init__(
-        self, endpoint: Endpoint, rank: int, transport: Transport, check: Callable[[], None] = lambda: None
+        self,
+        endpoint: Endpoint,
+        credentials: Credentials,
+        rank: int,
+        transport: Transport,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self._endpoint = endpoint
         self._check = check
         self.rank = rank
-        keys = KeyPair(endpoint.worker_public, endpoint.worker_secret)
-        self._socket = WorkerSocket(endpoint.address, endpoint.server_key, keys)
+        self._socket = WorkerSocket(endpoint.address, credentials.server.public, credentials.worker)
         self._layout = Layout.from_message(endpoint.layout)
-        self._version = -1
         self._wait_s = 0.0  # not yet reported
         self._compute_s = 0.0
         self._running_since: float | None = None
         self.last_release: Release | None = None
         self.failure: RunFailedError | None = None
-        self.buffer, self._gradients, self._weights = self._connect(transport)
+        self._ending = False
+        self._owes_aborted = False  # the server has not answered the abort yet
+        self._silent: ServerLostError | None = None
+        try:
+            self.buffer, self._gradients, self._weights = self._connect(transport)
+        except BaseException:
+            self._socket.drop()
+            raise
         self.gradients = self._layout.views(self._gradients)
         self.weights = self._layout.views(self._weights)
 
@@ -90,6 +105,7 @@ class ParameterClient:
         used: Sequence[bool],
         options: Options,
         clip: tuple[float, str] | None,
+        whole: bool = True,
     ) -> Release:
         """Push the gradients of one optimizer, wait for the OK, and pull the weights.
 
@@ -99,6 +115,8 @@ class ParameterClient:
             used: for each of them, whether there is a gradient.
             options: the values of its param groups.
             clip: value and ``"norm"`` or ``"value"``, to clip the mean of the round.
+            whole: whether to pull all weights, or only those that have a gradient here: then call :meth:`refresh` once
+                no graph is left that was computed with the others.
 
         Raises:
             RunFailedError: if the run has failed elsewhere.
@@ -114,13 +132,11 @@ class ParameterClient:
             used=list(used),
             options=options,
             clip=None if clip is None else list(clip),
+            whole=whole,
             nbytes=sum(end - start for start, end in ranges),
             **self._take_times(),
         )
-        data = memoryview(self._gradients.numpy())  # type: ignore[arg-type]
-        for first, last in ranges:
-            for start, end in wire.chunks(first, last):
-                self._socket.dealer.send_multipart([wire.encode_message("chunk", offset=start), data[start:end]])
+        self._send_chunks(self._gradients, ranges)
         message = self._receive_weights("released")
         wait_s = time.monotonic() - started
         self._wait_s += wait_s
@@ -156,10 +172,30 @@ class ParameterClient:
         thresholds: dict[str, int] = message["thresholds"]
         return thresholds
 
-    def pull(self) -> None:
-        """Pull the weights of now, without waiting for anybody (also when the run has failed)."""
+    def refresh(self) -> None:
+        """Pull all weights of now, without waiting for anybody.
+
+        Raises:
+            RunFailedError: if the run has failed elsewhere.
+            ServerLostError: if the server has ended.
+        """
+        started = time.monotonic()
         self._send("pull")
-        self._receive_weights("synced", failed_too=True)
+        self._receive_weights("synced")
+        self._wait_s += time.monotonic() - started
+
+    def pull(self) -> None:
+        """As :meth:`refresh`, also when the run has failed."""
+        self._ask_for("pull")
+        self._receive_weights("synced", self._patience(), failed_too=True)
+
+    def tell_changes(self, places: Sequence[int]) -> None:
+        """Let the server have the :attr:`weights` at ``places`` as they are here; for the only worker of a run."""
+        if self.shared or not places:  # its memory is the server's
+            return
+        ranges = self._layout.ranges(places)
+        self._send("change", places=list(places), nbytes=sum(end - start for start, end in ranges))
+        self._send_chunks(self._weights, ranges)
 
     def set_thresholds(self, thresholds: Mapping[str, int]) -> None:
         """Change thresholds of the paradigm; whoever that lets go on gets its OK at once.
@@ -195,14 +231,20 @@ class ParameterClient:
 
         Where several fail, the others' errors are mostly about the first (a broken connection, say).
         """
+        self.begin_to_end()
         text = text.encode(errors="replace")[-wire.HEADER_BYTES // 2 :].decode(errors="replace")
         self._send("abort", kind=kind, text=text)
         try:  # an interrupted call may have left replies that nobody has read
             message = self._receive("aborted", time.monotonic() + _ABORT_TIMEOUT_S, failed_too=True, skip=True)
         except (ServerLostError, RunFailedError):
+            self._owes_aborted, self._silent = True, None
             return self.failure
         self.failure = self.failure or RunFailedError(kind, text)
         return RunFailedError("error", message["cause"]) if message["cause"] else None
+
+    def begin_to_end(self) -> None:
+        """Wait no longer than :data:`QUESTION_TIMEOUT_S` for the answer to a question from now on."""
+        self._ending = True
 
     def close(self, finished: bool) -> None:
         """End the connection, with a goodbye if this worker has finished or the run has failed.
@@ -241,18 +283,38 @@ class ParameterClient:
     def _send(self, kind: str, /, **fields: Any) -> None:
         self._socket.dealer.send(wire.encode_message(kind, **fields))
 
+    def _send_chunks(self, buffer: Tensor, ranges: Sequence[tuple[int, int]]) -> None:
+        data = memoryview(buffer.numpy())  # type: ignore[arg-type]
+        for first, last in ranges:
+            for start, end in wire.chunks(first, last):
+                self._socket.dealer.send_multipart([wire.encode_message("chunk", offset=start), data[start:end]])
+
     def _receive_weights(self, kind: str, deadline: float | None = None, failed_too: bool = False) -> dict[str, Any]:
         message = self._receive(kind, deadline, failed_too)
         self._receive_chunks(message["nbytes"], self._weights)
-        self._version = message["version"]
         return message
 
     def _ask(self, question: str, **fields: Any) -> Any:
+        self._ask_for(question, **fields)
+        reply = self._receive("reply", self._patience(), failed_too=True)
+        parcel = torch.empty(reply["size"], dtype=torch.uint8)
+        self._receive_chunks(reply["nbytes"], parcel)
+        return unpack(parcel, reply["head"])
+
+    def _ask_for(self, question: str, **fields: Any) -> None:
+        if self._silent is not None:
+            raise self._silent
+        if self._owes_aborted:  # what comes before that answers calls that were interrupted
+            self._receive("aborted", self._patience(), failed_too=True, skip=True)
+            self._owes_aborted = False
         self._send(question, **fields)
-        nbytes = self._receive("reply", failed_too=True)["nbytes"]
-        packed = torch.empty(nbytes, dtype=torch.uint8)
-        self._receive_chunks(nbytes, packed)
-        return wire.decode_object(packed.numpy().tobytes())
+
+    def _patience(self) -> float | None:
+        return time.monotonic() + QUESTION_TIMEOUT_S if self._ends else None
+
+    @property
+    def _ends(self) -> bool:
+        return self._ending or self.failure is not None
 
     def _receive(
         self,
@@ -281,9 +343,15 @@ class ParameterClient:
                     "resume from the last checkpoint with trainer.fit(ckpt_path=...)."
                 ) from None
             if not ready:
-                if not failed_too:
+                if not self._ends:
                     self._check()
                 if deadline is not None and time.monotonic() > deadline:
+                    if self._ends:
+                        self._silent = ServerLostError(
+                            f"the parameter server (process {self._endpoint.pid}) does not answer rank {self.rank} any "
+                            "more: it hangs, most likely in the step of an optimizer"
+                        )
+                        raise self._silent
                     raise ServerLostError(
                         f"rank {self.rank} has waited in vain for the parameter server at {self._endpoint.address}, or "
                         "for other workers to reach it: is the port open between the hosts, and MASTER_ADDR the "
@@ -308,6 +376,8 @@ class ParameterClient:
     def _receive_chunks(self, nbytes: int, into: Tensor) -> None:
         while nbytes > 0:
             nbytes -= self._receive("chunk", failed_too=True, data=into)["nbytes"]
+            if nbytes > 0:
+                self._send("more")
 
     # --- times ------------------------------------------------------------------------------------------------------
 

@@ -6,24 +6,27 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lightning_stale.parameter_server.credentials import Credentials
+
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the server is and how to talk to it; travels through the rendezvous store."""
+    """Where the server is and what its buffers look like; nothing in it is secret."""
 
     address: str
     host_id: str
     pid: int
-    server_key: str
-    worker_public: str
-    worker_secret: str
     layout: list[list[Any]]
 
-    def encode(self) -> str:
-        """Return it as JSON."""
-        return json.dumps(asdict(self))
+    def encode(self, credentials: Credentials) -> str:
+        """Return it as JSON, sealed: it travels through torch's rendezvous store, which anybody may write to."""
+        return credentials.seal(json.dumps(asdict(self)))
 
     @classmethod
-    def decode(cls, data: str) -> Endpoint:
-        """The inverse of :meth:`encode`."""
-        return cls(**json.loads(data))
+    def decode(cls, data: str, credentials: Credentials) -> Endpoint:
+        """The inverse of :meth:`encode`.
+
+        Raises:
+            ForgedError: if it is not from who has the same secret.
+        """
+        return cls(**json.loads(credentials.unseal(data)))

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_stale.paradigms import Paradigm
+from lightning_stale.parameter_server.credentials import Credentials
 from lightning_stale.parameter_server.pickling import dump_optimizers
 from lightning_stale.parameter_server.socket import KeyPair
 
@@ -41,10 +42,10 @@ class Job:
     world_size: int
     host: str
     folder: str
+    local_workers: int
     threads: int
     server_keys: KeyPair
     worker_key: str
-    parent: int
     snapshot: Mapping[str, Any] | None
 
 
@@ -55,8 +56,7 @@ class ServerProcess:
     """
 
     def __init__(self) -> None:
-        self.server_keys, self.worker_keys = KeyPair.new(), KeyPair.new()
-        command = [sys.executable, "-X", SERVER_OPTION, "-m", "lightning_stale.parameter_server"]
+        command = [sys.executable, "-X", SERVER_OPTION, "-m", "lightning_stale.parameter_server", str(os.getpid())]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         self._serving = False
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
@@ -67,8 +67,10 @@ class ServerProcess:
         optimizers: Sequence[Optimizer],
         paradigm: Paradigm,
         world_size: int,
+        credentials: Credentials,
         host: str,
         folder: str,
+        local_workers: int = 0,
         snapshot: Mapping[str, Any] | None = None,
     ) -> int:
         """Send the job, and return the port once the server listens.
@@ -78,8 +80,10 @@ class ServerProcess:
             optimizers: the user's, over ``parameters``, with the state to start from.
             paradigm: the gate.
             world_size: the number of workers.
+            credentials: of the run.
             host: the address to listen on.
             folder: where shared memory is made.
+            local_workers: those that share memory with the server; for others it is made when they connect.
             snapshot: the clocks of a checkpoint.
 
         Raises:
@@ -93,10 +97,10 @@ class ServerProcess:
             world_size=world_size,
             host=host,
             folder=folder,
+            local_workers=local_workers,
             threads=torch.get_num_threads(),
-            server_keys=self.server_keys,
-            worker_key=self.worker_keys.public,
-            parent=os.getpid(),
+            server_keys=credentials.server,
+            worker_key=credentials.worker.public,
             snapshot=snapshot,
         )
         try:
@@ -146,7 +150,10 @@ class ServerProcess:
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
             if select.select([stdout], [], [], 1.0)[0]:
-                return int(stdout.readline())
+                line = stdout.readline()
+                if line != b"\n":
+                    return int(line)
+                deadline = time.monotonic() + START_TIMEOUT_S  # it gets on
         raise OSError(f"no answer within {START_TIMEOUT_S:.0f} s")
 
     @staticmethod

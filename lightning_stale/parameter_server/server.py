@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,10 @@ from torch import Tensor
 
 from lightning_stale.paradigms import Paradigm
 from lightning_stale.parameter_server import memory, wire
+from lightning_stale.parameter_server.delivery import Deliveries, Piece
 from lightning_stale.parameter_server.layout import Layout
 from lightning_stale.parameter_server.meeting import DifferentPlacesError, Meeting
+from lightning_stale.parameter_server.parcel import pack
 from lightning_stale.parameter_server.socket import ServerSocket
 from lightning_stale.parameter_server.statistics import RunStatistics
 from lightning_stale.parameter_server.store import ParameterStore, Push
@@ -34,9 +36,11 @@ class _Worker:
     gradients: Tensor  # its buffers, in the store's layout: shared with it, or filled from its chunks
     weights: Tensor | None  # None: it is sent chunks
     gradient_views: list[Tensor]
-    pulled: int = -1  # the version that it holds
-    message: dict[str, Any] | None = None  # the push whose chunks are on their way
+    pulled: int = -1  # the updates that it holds: all at its last whole pull, and its own since then
+    whole: int = -1  # the version of its last whole pull
+    message: dict[str, Any] | None = None  # the push (or change) whose chunks are on their way
     missing: int = 0  # bytes of it
+    own: list[tuple[int, int]] | None = None  # what its last push has changed; None: it takes all weights
     pulls: bool = True  # when all have met
     staleness: int = 0  # of its last push
     finished: bool = False
@@ -77,11 +81,15 @@ class ParameterServer:
         self._round: dict[int, Push] = {}  # BSP: the pushes that wait for the step with their mean
         self._meeting = Meeting(world_size)
         self._statistics = RunStatistics(world_size, paradigm.thresholds)
+        self._segments: list[memory.Segment] = []  # that nobody has yet
+        self._deliveries = Deliveries(self._send_chunk)
         self._failure: dict[str, str] | None = None
         self._stranger_logged = False
         self._handlers: dict[str, Callable[[_Worker, dict[str, Any]], None]] = {
             "unshare": self._on_unshare,
             "push": self._on_push,
+            "change": self._on_change,
+            "more": self._on_more,
             "sync": self._on_sync,
             "pull": self._on_pull,
             "thresholds": self._on_thresholds,
@@ -102,6 +110,17 @@ class ParameterServer:
         if snapshot["world_size"] == self._world_size:
             self._statistics.load_state_dict(snapshot)
         self._statistics.note_thresholds(self._paradigm.thresholds, self._store.version)
+
+    def prepare_segments(self, count: int, report: Callable[[], None]) -> None:
+        """Make the shared memory of ``count`` workers before they connect, which they do not do for ever.
+
+        Args:
+            count: how many are on this host.
+            report: called after each, which takes a while where they are large.
+        """
+        for _ in range(count):
+            self._segments.append(memory.create_segment(2 * self._layout.nbytes, self._folder))
+            report()
 
     def run(self, lifeline: int, orphaned: Callable[[], bool]) -> None:
         """Serve until every worker has said goodbye, or rank 0 is gone.
@@ -158,19 +177,25 @@ class ParameterServer:
         except Exception:  # the user's optimizer, mostly: the workers show it
             self._fail("error", f"the parameter server failed:\n{traceback.format_exc()}")
 
-    def _send(self, worker: _Worker, kind: str, payload: Tensor | None = None, **fields: Any) -> None:
-        self._send_to(worker, wire.encode_message(kind, nbytes=0 if payload is None else payload.numel(), **fields))
-        if payload is not None:
-            data = memoryview(payload.numpy())  # type: ignore[arg-type]
-            for start, end in wire.chunks(0, len(data)):
-                self._send_to(worker, wire.encode_message("chunk", offset=start), data[start:end])
+    def _send(self, worker: _Worker, kind: str, pieces: Sequence[Piece] = (), **fields: Any) -> None:
+        nbytes = sum(data.numel() for _, data in pieces)
+        self._send_to(worker.identity, wire.encode_message(kind, nbytes=nbytes, **fields))
+        if nbytes:
+            self._deliveries.begin(worker.identity, pieces)
 
-    def _send_to(self, worker: _Worker, *frames: bytes | memoryview) -> None:
+    def _send_chunk(self, identity: bytes, offset: int, data: memoryview) -> None:
+        self._send_to(identity, wire.encode_message("chunk", offset=offset), data)
+
+    def _send_to(self, identity: bytes, *frames: bytes | memoryview) -> None:
         try:
-            self._socket.router.send_multipart([worker.identity, *frames])
+            self._socket.router.send_multipart([identity, *frames])
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:  # gone: the monitor says so too, and there it is handled
                 raise
+            self._deliveries.end(identity)
+
+    def _on_more(self, worker: _Worker, message: dict[str, Any]) -> None:
+        self._deliveries.send_more(worker.identity)
 
     def _on_hello(self, identity: bytes, connection: int, message: dict[str, Any]) -> None:
         if message["type"] != "hello" or not 0 <= message["rank"] < self._world_size:
@@ -179,23 +204,26 @@ class ParameterServer:
         self._note_connections()  # a stranger's may have had the same descriptor before
         if rank in self._workers:
             raise wire.WireError(f"a second connection for rank {rank}")
-        gradients = torch.zeros(nbytes, dtype=torch.uint8)
-        worker = _Worker(rank, identity, connection, message["pid"], gradients, None, self._layout.views(gradients))
+        if not self._socket.is_open(connection):  # what it has said came a moment before its end
+            self._workers[rank] = _Worker(rank, identity, connection, message["pid"], torch.empty(0), None, [])
+            self._lose(self._workers[rank])
+            return
+        gradients = torch.zeros(0 if message["shared"] else nbytes, dtype=torch.uint8)
+        views = [] if message["shared"] else self._layout.views(gradients)
+        worker = _Worker(rank, identity, connection, message["pid"], gradients, None, views)
         self._workers[rank] = self._by_identity[identity] = worker  # so that it hears of what fails below
         if self._failure is not None:
             self._send_failure(worker)
             return
         path, token = "", b""
         if message["shared"]:
-            segment = memory.create_segment(2 * nbytes, self._folder)
+            segment = self._segments.pop() if self._segments else memory.create_segment(2 * nbytes, self._folder)
             path, token = segment.path, segment.token
             worker.gradients, worker.weights = segment.data[:nbytes], segment.data[nbytes:]
             worker.gradient_views = self._layout.views(worker.gradients)
             if self._world_size == 1:  # one set of weights for both: what the worker does to them itself counts
                 self._store.move_to(worker.weights, self._layout)
-        self._socket.router.send_multipart(
-            [identity, wire.encode_message("welcome", path=path, token=token, nbytes=2 * nbytes)]
-        )
+        self._send_to(identity, wire.encode_message("welcome", path=path, token=token, nbytes=2 * nbytes))
 
     def _on_unshare(self, worker: _Worker, message: dict[str, Any]) -> None:
         worker.gradients, worker.weights = torch.zeros(self._layout.nbytes, dtype=torch.uint8), None
@@ -208,11 +236,22 @@ class ParameterServer:
             raise wire.WireError(f"a push for optimizer {message['optimizer']}")
         if len(message["used"]) != len(self._store.places(message["optimizer"])):
             raise wire.WireError(f"a push for {len(message['used'])} parameters")
-        if worker.message is not None or not 0 <= message["nbytes"] <= self._layout.nbytes:
-            raise wire.WireError(f"a push of {message['nbytes']} bytes, with {worker.missing} of the last one missing")
-        worker.message, worker.missing = message, message["nbytes"]
+        self._await_chunks(worker, message)
+
+    def _on_change(self, worker: _Worker, message: dict[str, Any]) -> None:
+        """The only worker has set weights itself: the server's are the same from now on."""
+        places = message["places"]
+        if self._world_size > 1 or not all(isinstance(p, int) and 0 <= p < len(self._layout.slots) for p in places):
+            raise wire.WireError(f"a change of the weights {places}")
+        self._await_chunks(worker, message)
+
+    def _await_chunks(self, worker: _Worker, message: dict[str, Any]) -> None:
+        kind, nbytes = message["type"], message["nbytes"]
+        if worker.message is not None or not 0 <= nbytes <= self._layout.nbytes:
+            raise wire.WireError(f"a {kind} of {nbytes} bytes, with {worker.missing} of the last one missing")
+        worker.message, worker.missing = message, nbytes
         if worker.missing == 0:
-            self._take_push(worker)
+            self._take(worker)
 
     def _on_chunk(self, worker: _Worker, message: dict[str, Any], frames: list[zmq.Frame]) -> None:
         data = frames[2].buffer if len(frames) == 3 else memoryview(b"")
@@ -222,14 +261,20 @@ class ParameterServer:
         worker.gradients.numpy()[start:end] = memoryview(data)
         worker.missing -= len(data)
         if worker.missing == 0:
-            self._take_push(worker)
+            self._take(worker)
 
-    def _take_push(self, worker: _Worker) -> None:
+    def _take(self, worker: _Worker) -> None:
         message, worker.message = worker.message, None
         assert message is not None
-        if self._failure is not None:
+        if message["type"] == "change":
+            self._deliveries.keep()
+            self._store.set_weights(message["places"], worker.gradient_views)
+        elif self._failure is not None:
             self._send_failure(worker)
-            return
+        else:
+            self._take_push(worker, message)
+
+    def _take_push(self, worker: _Worker, message: dict[str, Any]) -> None:
         push = Push(
             optimizer=message["optimizer"],
             used=message["used"],
@@ -237,16 +282,26 @@ class ParameterServer:
             options=message["options"],
             clip=None if message["clip"] is None else tuple(message["clip"]),
         )
+        worker.own = None if message["whole"] else self._layout.ranges(self._changed_by(push))
         worker.staleness = self._store.version - worker.pulled
         self._statistics.workers[worker.rank].note_push(worker.staleness, message["wait_s"], message["compute_s"])
         if self._paradigm.averages:
             self._round[worker.rank] = push
         else:
+            self._deliveries.keep()
             self._store.apply(push)
         self._release(self._paradigm.push(worker.rank, self._now()))
 
+    def _changed_by(self, push: Push) -> list[int]:
+        """Return the places of the weights that a plain Trainer's optimizer would have changed in this step."""
+        places = self._store.places(push.optimizer)
+        if self._world_size == 1:
+            return places
+        return [place for place, used in zip(places, push.used, strict=True) if used]
+
     def _release(self, ranks: list[int]) -> None:
         if self._round and ranks:
+            self._deliveries.keep()
             self._store.apply_mean([self._round[rank] for rank in sorted(self._round)])
             self._round.clear()
         for rank in ranks:
@@ -254,18 +309,33 @@ class ParameterServer:
             lead = self._paradigm.lead(rank)
             self._statistics.note_release(rank, lead)
             fields = {"clock": self._paradigm.clocks[rank], "lead": lead, "staleness": worker.staleness}
-            self._give_weights(worker, "released", **fields)
+            self._give_weights(worker, "released", worker.own, **fields)
 
-    def _give_weights(self, worker: _Worker, kind: str, **fields: Any) -> None:
-        """Let ``worker`` have the weights of now: into its shared memory, or as chunks behind the message."""
-        stale = worker.pulled != self._store.version
-        worker.pulled = self._store.version
-        if worker.weights is None:
-            self._send(worker, kind, self._store.weights if stale else None, version=worker.pulled, **fields)
+    def _give_weights(
+        self, worker: _Worker, kind: str, own: list[tuple[int, int]] | None = None, **fields: Any
+    ) -> None:
+        """Let ``worker`` have the weights of now: into its shared memory, or as chunks behind the message.
+
+        Args:
+            worker: who waits.
+            kind: of the message.
+            own: the byte ranges of those that its push has changed, if it wants no others yet.
+            **fields: of the message.
+        """
+        ranges = own or []
+        if own is None:
+            ranges = [(0, self._layout.nbytes)] if worker.whole != self._store.version else []
+            worker.pulled = worker.whole = self._store.version
         else:
-            if stale and worker.weights is not self._store.weights:
-                worker.weights.copy_(self._store.weights)
-            self._send(worker, kind, version=worker.pulled, **fields)
+            worker.pulled += 1
+        if worker.weights is None:
+            pieces = [(start, self._store.weights[start:end]) for start, end in ranges]
+            self._send(worker, kind, pieces, version=self._store.version, **fields)
+            return
+        if worker.weights is not self._store.weights:
+            for start, end in ranges:
+                worker.weights[start:end].copy_(self._store.weights[start:end])
+        self._send(worker, kind, version=self._store.version, **fields)
 
     # --- meeting points ---------------------------------------------------------------------------------------------
 
@@ -291,7 +361,7 @@ class ParameterServer:
         if worker.pulls:
             self._give_weights(worker, "synced", thresholds=thresholds)
         else:
-            self._send(worker, "synced", version=worker.pulled, thresholds=thresholds)
+            self._send(worker, "synced", version=worker.whole, thresholds=thresholds)
 
     # --- thresholds -------------------------------------------------------------------------------------------------
 
@@ -338,8 +408,8 @@ class ParameterServer:
         )
 
     def _reply(self, worker: _Worker, value: Any) -> None:
-        packed = bytearray(wire.encode_object(value))
-        self._send(worker, "reply", torch.frombuffer(packed, dtype=torch.uint8))
+        parcel = pack(value)
+        self._send(worker, "reply", parcel.pieces, size=parcel.size, head=parcel.head)
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
@@ -350,26 +420,31 @@ class ParameterServer:
         self._note_connections(aborting=worker)  # who was killed comes before those that fail because of it
         cause = "" if self._failure is None else self._failure["text"]
         self._fail(message["kind"], f"rank {worker.rank} {message['text']}")
-        self._send_to(worker, wire.encode_message("aborted", cause=cause))
+        self._send_to(worker.identity, wire.encode_message("aborted", cause=cause))
 
     def _done(self) -> bool:
         return len(self._workers) == self._world_size and all(worker.finished for worker in self._workers.values())
 
     def _note_connections(self, aborting: _Worker | None = None) -> None:
+        # who says hello while what was sent is drained may have the descriptor of a connection that has ended
+        of_workers = {worker.connection: worker for worker in self._workers.values()}
         closed, refused = self._socket.closed_connections()
         self._drain()  # what a worker sent before its connection ended, e.g. its goodbye
-        of_workers = {worker.connection: worker for worker in self._workers.values()}
         for connection in closed:
             worker = of_workers.get(connection)
             if worker is None:
                 refused = True
-            elif not worker.finished:
+            elif worker is aborting:  # which says itself why
                 worker.finished = True
-                if worker is not aborting:  # which says itself why
-                    text = f"rank {worker.rank} (process {worker.pid}) is gone: it was killed or has crashed"
-                    self._fail("error", text)
+            elif not worker.finished:
+                self._lose(worker)
         if refused:
             self._log_stranger("a connection that is not a worker's was closed")
+
+    def _lose(self, worker: _Worker) -> None:
+        worker.finished = True
+        self._deliveries.end(worker.identity)
+        self._fail("error", f"rank {worker.rank} (process {worker.pid}) is gone: it was killed or has crashed")
 
     def _fail(self, kind: str, text: str) -> None:
         if self._failure is None:
@@ -380,7 +455,7 @@ class ParameterServer:
 
     def _send_failure(self, worker: _Worker) -> None:
         assert self._failure is not None
-        self._send_to(worker, wire.encode_message("failed", **self._failure))
+        self._send_to(worker.identity, wire.encode_message("failed", **self._failure))
 
     def _log_stranger(self, what: str) -> None:
         if not self._stranger_logged:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import zmq
 import zmq.auth
@@ -19,7 +19,7 @@ class KeyPair:
     """A CURVE key pair, each key as 40 printable characters (Z85)."""
 
     public: str
-    secret: str
+    secret: str = field(repr=False)
 
     @classmethod
     def new(cls) -> KeyPair:
@@ -51,6 +51,14 @@ class ServerSocket:
         self.context = zmq.Context()
         self._authenticator = ThreadAuthenticator(self.context)
         self._authenticator.start()
+        try:
+            self._listen(host, server, worker_key)
+        except BaseException:
+            self._authenticator.stop()
+            self.context.destroy(linger=0)
+            raise
+
+    def _listen(self, host: str, server: KeyPair, worker_key: str) -> None:
         self._authenticator.configure_curve_callback(_ZAP_DOMAIN, _OneKey(worker_key))
         self.router = self.context.socket(zmq.ROUTER)
         self.router.curve_server = True
@@ -59,7 +67,9 @@ class ServerSocket:
         self.router.zap_domain = _ZAP_DOMAIN.encode()
         _set_limits(self.router)
         self.router.router_mandatory = True  # a message to a worker that is gone is an error, not lost in silence
-        self.monitor = self.router.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH)
+        events = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+        self.monitor = self.router.get_monitor_socket(events)
+        self._open: set[int] = set()
         self.port: int = self.router.bind_to_random_port(f"tcp://{host}")
 
     def closed_connections(self) -> tuple[list[int], bool]:
@@ -67,11 +77,19 @@ class ServerSocket:
         descriptors, refused = [], False
         while self.monitor.poll(0):
             event = recv_monitor_message(self.monitor)
-            if event["event"] == zmq.EVENT_DISCONNECTED:
-                descriptors.append(int(event["value"]))
+            connection = int(event["value"])
+            if event["event"] == zmq.EVENT_ACCEPTED:
+                self._open.add(connection)
+            elif event["event"] == zmq.EVENT_DISCONNECTED:
+                descriptors.append(connection)
+                self._open.discard(connection)
             else:
                 refused = True
         return descriptors, refused
+
+    def is_open(self, connection: int) -> bool:
+        """Whether the connection that has this descriptor now is open, as of the last :meth:`closed_connections`."""
+        return connection in self._open
 
     def close(self) -> None:
         """Send what is queued (for at most two seconds), and close."""
@@ -87,6 +105,13 @@ class WorkerSocket:
 
     def __init__(self, address: str, server_key: str, worker: KeyPair) -> None:
         self.context = zmq.Context()
+        try:
+            self._connect(address, server_key, worker)
+        except BaseException:
+            self.drop()
+            raise
+
+    def _connect(self, address: str, server_key: str, worker: KeyPair) -> None:
         self.dealer = self.context.socket(zmq.DEALER)
         self.dealer.curve_serverkey = server_key.encode()
         self.dealer.curve_publickey = worker.public.encode()
@@ -121,6 +146,10 @@ class WorkerSocket:
         self._monitor.close(linger=0)
         self.dealer.close(linger=0 if self._broken else 2_000)
         self.context.term()
+
+    def drop(self) -> None:
+        """Close at once, whatever is queued: a context that is left with open sockets blocks when it is collected."""
+        self.context.destroy(linger=0)
 
 
 def _set_limits(socket: zmq.Socket[bytes]) -> None:

@@ -100,6 +100,12 @@ class ParameterStore:
             own[group][name] = groups[group][name]
         return {"state": {}, **state_dict, "param_groups": own}
 
+    @torch.no_grad()
+    def set_weights(self, places: Sequence[int], values: Sequence[Tensor]) -> None:
+        """Set the weights at ``places`` to those of ``values``, which has one tensor per slot."""
+        for place in places:
+            self._parameters[place].copy_(values[place])
+
     def move_to(self, weights: Tensor, layout: Layout) -> None:
         """Keep the weights in the buffer ``weights`` from now on."""
         weights.copy_(self.weights)

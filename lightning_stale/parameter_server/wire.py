@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import msgpack
-import torch
-from torch import Tensor
 
 CHUNK_BYTES = 4 * 2**20
 HEADER_BYTES = CHUNK_BYTES
@@ -30,13 +28,16 @@ SCHEMA: dict[str, dict[str, type | tuple[type, ...]]] = {
         "used": list,  # of the parameters of this optimizer: which have a gradient
         "options": list,  # the current values of its param groups
         "clip": (list, type(None)),  # [value, "norm" | "value"] for the mean of the round
+        "whole": bool,  # whether all weights come with the OK, or those only that this push has changed
         "nbytes": int,  # of the chunks that follow
         "wait_s": float,
         "compute_s": float,
     },
     "chunk": {"offset": int},
+    "more": {},  # a chunk has arrived: the next one
+    "change": {"places": list, "nbytes": int},  # weights that the only worker has set itself; their chunks follow
     "sync": {"place": str, "detail": str, "pull": bool, "wait_s": float, "compute_s": float},
-    "pull": {},
+    "pull": {},  # all weights, without waiting
     "thresholds": {"values": dict},  # names and new values; the reply is None, or what is wrong with them
     "optimizer_state": {"optimizer": int},
     "snapshot": {},
@@ -47,7 +48,7 @@ SCHEMA: dict[str, dict[str, type | tuple[type, ...]]] = {
     "welcome": {"path": str, "token": bytes, "nbytes": int},
     "released": {"version": int, "clock": int, "lead": int, "staleness": int, "nbytes": int},
     "synced": {"version": int, "thresholds": dict, "nbytes": int},
-    "reply": {"nbytes": int},
+    "reply": {"nbytes": int, "size": int, "head": int},  # of the parcel
     "failed": {"kind": str, "text": str},
     "aborted": {"cause": str},  # the failure that came before, if any
 }
@@ -91,51 +92,3 @@ def chunks(start: int, end: int) -> Iterator[tuple[int, int]]:
     """Yield the (start, end) byte ranges of at most :data:`CHUNK_BYTES` that make up ``start..end``."""
     for offset in range(start, end, CHUNK_BYTES):
         yield offset, min(end, offset + CHUNK_BYTES)
-
-
-_TENSOR, _TUPLE = 1, 2
-
-
-def encode_object(value: Any) -> bytes:
-    """Return nested dicts, lists, tuples, numbers, strings and tensors as bytes.
-
-    Raises:
-        WireError: for anything else, with its type.
-    """
-    try:
-        packed: bytes = msgpack.packb(value, default=_pack_extension, strict_types=True, use_bin_type=True)
-    except WireError:
-        raise
-    except ValueError as error:
-        raise WireError(f"too large to travel, at most 4 GiB for a tensor: {error}") from error
-    return packed
-
-
-def decode_object(packed: bytes) -> Any:
-    """The inverse of :func:`encode_object`."""
-    return msgpack.unpackb(packed, ext_hook=_unpack_extension, strict_map_key=False, raw=False)
-
-
-def _pack_extension(value: Any) -> msgpack.ExtType:
-    if isinstance(value, Tensor):
-        flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        dtype = str(value.dtype).removeprefix("torch.")
-        return msgpack.ExtType(_TENSOR, msgpack.packb([dtype, list(value.shape), flat.numpy().tobytes()]))
-    if isinstance(value, tuple):
-        return msgpack.ExtType(_TUPLE, encode_object(list(value)))
-    if isinstance(value, dict):  # a subclass, e.g. defaultdict
-        return dict(value)
-    raise WireError(
-        f"{type(value).__module__}.{type(value).__qualname__} cannot travel between the parameter server and a worker: "
-        "the state of an optimizer may hold tensors, numbers, strings, lists, tuples and dicts"
-    )
-
-
-def _unpack_extension(code: int, data: bytes) -> Any:
-    if code == _TUPLE:
-        return tuple(decode_object(data))
-    if code == _TENSOR:
-        dtype, shape, raw = msgpack.unpackb(data, raw=False)
-        flat = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8)
-        return flat.view(getattr(torch, dtype)).reshape(shape)
-    raise WireError(f"extension {code}")

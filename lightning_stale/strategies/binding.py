@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -19,7 +19,7 @@ class Binding(ABC):
     Args:
         client: with the buffers.
         parameters: the model's, by name, in the order of the buffers.
-        alone: whether the client's weights are the server's own: what this worker does to them itself counts then.
+        alone: whether this is the only worker: what it does to the weights itself counts then.
     """
 
     def __init__(self, client: ParameterClient, parameters: Mapping[str, Tensor], alone: bool) -> None:
@@ -35,9 +35,13 @@ class Binding(ABC):
         self.look_for_changes()
         return self._collect(places)
 
-    def spread(self) -> None:
-        """Have the client's weights in the model."""
-        self._spread()
+    def spread(self, places: Sequence[int] | None = None) -> None:
+        """Have the client's weights at ``places`` (all by default) in the model.
+
+        To autograd, that is a change in place, as a step of a plain optimizer is: a graph that needs the values from
+        before raises in its backward pass, and does not mix them with the new ones.
+        """
+        self._spread(range(len(self._parameters)) if places is None else places)
         self.remember()
 
     def remember(self) -> None:
@@ -52,7 +56,7 @@ class Binding(ABC):
     def _collect(self, places: Sequence[int]) -> list[bool]: ...
 
     @abstractmethod
-    def _spread(self) -> None: ...
+    def _spread(self, places: Iterable[int]) -> None: ...
 
     def _is_replaced(self, place: int) -> bool:
         """Whether the parameter's memory is no longer that which was bound (``parameter.data = ...``)."""
@@ -61,11 +65,13 @@ class Binding(ABC):
     @torch.no_grad()
     def look_for_changes(self) -> None:
         """Find weights that somebody has changed since the last pull, other than the optimizer; before the next one."""
+        changed = []
         for place, (parameter, version) in enumerate(zip(self._parameters, self._versions, strict=True)):
             if parameter._version == version and not self._is_replaced(place):
                 continue
             if self._alone:
                 self._client.weights[place].copy_(parameter)
+                changed.append(place)
             elif not self._warned:
                 self._warned = True
                 rank_zero_warn(
@@ -73,6 +79,8 @@ class Binding(ABC):
                     "weights are, does not know: the change is lost at the next pull. Make it in the optimizer, "
                     "e.g. in the step of a subclass."
                 )
+        if changed:
+            self._client.tell_changes(changed)
 
     def _gradient(self, place: int) -> Tensor | None:
         gradient = self._parameters[place].grad
@@ -87,7 +95,8 @@ class Binding(ABC):
 class SharedBinding(Binding):
     """CPU: the model's parameters *are* the client's weights, and gradients are put straight into its buffer.
 
-    The server writes new weights only while the worker waits for its OK, so no copy and no lock is needed.
+    The server writes new weights only while the worker waits for its OK or pulls, and only those that it asks for, so
+    no copy and no lock is needed.
     """
 
     def __init__(self, client: ParameterClient, parameters: Mapping[str, Tensor], alone: bool) -> None:
@@ -96,8 +105,7 @@ class SharedBinding(Binding):
         for parameter, gradient in zip(self._parameters, client.gradients, strict=True):
             if parameter.requires_grad:
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(_PutInto(gradient)))  # type: ignore[no-untyped-call]
-        self._spread()
-        self.remember()
+        self.spread()
 
     def _collect(self, places: Sequence[int]) -> list[bool]:
         used = []
@@ -108,10 +116,11 @@ class SharedBinding(Binding):
                 self._client.gradients[place].copy_(gradient.detach())
         return used
 
-    def _spread(self) -> None:
-        for parameter, weight in zip(self._parameters, self._client.weights, strict=True):
-            if parameter.data_ptr() != weight.data_ptr():
-                parameter.data = weight
+    def _spread(self, places: Iterable[int]) -> None:
+        for place in places:
+            if self._is_replaced(place):
+                self._parameters[place].data = self._client.weights[place]
+        torch.autograd.graph.increment_version([self._parameters[place] for place in places])
 
     def _is_replaced(self, place: int) -> bool:
         return self._parameters[place].data_ptr() != self._client.weights[place].data_ptr()
@@ -150,8 +159,7 @@ class StagedBinding(Binding):
         super().__init__(client, parameters, alone)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pinned = _pin(client.buffer)
-        self._spread()
-        self.remember()
+        self.spread()
 
     def _collect(self, places: Sequence[int]) -> list[bool]:
         used = []
@@ -166,11 +174,11 @@ class StagedBinding(Binding):
         return used
 
     @torch.no_grad()
-    def _spread(self) -> None:
+    def _spread(self, places: Iterable[int]) -> None:
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
-            for parameter, weight in zip(self._parameters, self._client.weights, strict=True):
-                parameter.copy_(weight, non_blocking=True)
+            for place in places:
+                self._parameters[place].copy_(self._client.weights[place], non_blocking=True)
         self._stream.synchronize()  # the server may write the buffer again as soon as this worker calls
 
     def release(self) -> None:

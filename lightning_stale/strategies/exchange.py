@@ -36,6 +36,10 @@ class Exchange:
     hooks, clipping; an overflow step of the gradient scaler never reaches ``step`` and pushes nothing. With a paradigm
     that averages, clipping is left to the server, which clips the mean as DDP does.
 
+    In manual optimization a graph may be alive when an optimizer steps (two losses before the first step, as in many
+    GANs): a push then brings back only what it has changed, as a plain optimizer changes nothing else, and
+    :meth:`after_batch` the rest.
+
     Args:
         client: the connection to the server.
         names: of the model's parameters, by ``id``.
@@ -44,6 +48,7 @@ class Exchange:
         precision: the precision plugin, which clips gradients.
         averages: whether the paradigm steps with the mean of a round.
         alone: whether this is the only worker.
+        whole: whether a push brings back all weights at once, as no graph is alive then.
         guard: wraps a call that may wait for the server.
     """
 
@@ -56,21 +61,21 @@ class Exchange:
         precision: Precision,
         averages: bool,
         alone: bool,
+        whole: bool,
         guard: Callable[[Callable[[], Any]], Any],
     ) -> None:
         self._client = client
         self._optimizers = optimizers
         self._precision = precision
         self._guard = guard
+        self._whole = whole
+        self._behind = False  # whether a push has left weights as they were
         parameters = unique_parameters(optimizers)
         place = {id(parameter): i for i, parameter in enumerate(parameters)}
         self._places = [parameter_places(optimizer, place) for optimizer in optimizers]
         named = {names.get(id(p), f"parameter {i} of the optimizers"): p for i, p in enumerate(parameters)}
-        own_weights = alone and client.shared
         self._binding: Binding = (
-            SharedBinding(client, named, own_weights)
-            if device.type == "cpu"
-            else StagedBinding(client, named, own_weights, device)
+            SharedBinding(client, named, alone) if device.type == "cpu" else StagedBinding(client, named, alone, device)
         )
         self._clips: dict[int, tuple[float, str]] = {}
         if averages:
@@ -79,7 +84,15 @@ class Exchange:
 
     def spread(self) -> None:
         """Have the weights that the client has pulled in the model."""
+        self._behind = False
         self._binding.spread()
+
+    def after_batch(self) -> None:
+        """Pull what the pushes of this batch have left as it was."""
+        if self._behind:
+            self.look_for_changes()
+            self._guard(self._client.refresh)
+            self.spread()
 
     def look_for_changes(self) -> None:
         """Find weights that were changed outside of the optimizer; call before a pull."""
@@ -111,8 +124,10 @@ class Exchange:
         used = self._binding.collect(places)
         clip = self._clips.pop(id(optimizer), None)
         if any(used):
-            self._guard(lambda: self._client.push(index, places, used, read_options(optimizer), clip))
-            self._binding.spread()
+            options = read_options(optimizer)
+            self._guard(lambda: self._client.push(index, places, used, options, clip, self._whole))
+            self._binding.spread(None if self._whole else [p for p, u in zip(places, used, strict=True) if u])
+            self._behind = not self._whole
 
     def _note_clipping(
         self,

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_stale.failures import RunFailedError, describe
 from lightning_stale.paradigms import Paradigm, as_paradigm
-from lightning_stale.parameter_server import memory
+from lightning_stale.parameter_server import address, memory, secret
 from lightning_stale.parameter_server.client import (
     CONNECT_TIMEOUT_S,
     ParameterClient,
@@ -23,7 +23,9 @@ from lightning_stale.parameter_server.client import (
     ServerLostError,
     Transport,
 )
+from lightning_stale.parameter_server.credentials import Credentials
 from lightning_stale.parameter_server.endpoint import Endpoint
+from lightning_stale.parameter_server.introduction import Introduction
 from lightning_stale.parameter_server.layout import Layout
 from lightning_stale.parameter_server.process import ServerProcess
 from lightning_stale.parameter_server.wire import WireError
@@ -74,6 +76,7 @@ class StaleSyncStrategy(StaleStrategy):
         self.paradigm = as_paradigm(paradigm)
         self.transport = transport
         self._server: ServerProcess | None = None
+        self._introduction: Introduction | None = None  # while the ranks connect
         self._client: ParameterClient | None = None
         self._exchange: Exchange | None = None
         self._snapshot: Mapping[str, Any] | None = None  # of the checkpoint that fit resumes from
@@ -134,6 +137,12 @@ class StaleSyncStrategy(StaleStrategy):
 
     # --- training ---------------------------------------------------------------------------------------------------
 
+    def setup_environment(self) -> None:
+        """See that the ranks will trust each other, before they wait for each other."""
+        if self._require_trainer().state.fn == TrainerFn.FITTING:
+            secret.check(self.num_nodes)
+        super().setup_environment()
+
     def setup(self, trainer: Trainer) -> None:
         """Set up, and let the server process import what it needs meanwhile."""
         super().setup(trainer)
@@ -147,9 +156,10 @@ class StaleSyncStrategy(StaleStrategy):
             self.barrier("the start of fit")
         except RuntimeError as error:
             raise RunFailedError("error", "a worker ended before training started; it says why") from error
-        endpoint = self._share_endpoint()
-        self._client = ParameterClient(endpoint, self.global_rank, self.transport, self._check_signals)
+        endpoint, credentials = self._share_endpoint()
+        self._client = ParameterClient(endpoint, credentials, self.global_rank, self.transport, self._check_signals)
         self._meet_at_server("the start of fit", timeout_s=2 * CONNECT_TIMEOUT_S)
+        self._end_introduction()
         assert self.lightning_module is not None
         self._exchange = Exchange(
             self._client,
@@ -159,6 +169,7 @@ class StaleSyncStrategy(StaleStrategy):
             self.precision_plugin,
             averages=self.paradigm.averages,
             alone=self.world_size == 1,
+            whole=self.lightning_module.automatic_optimization,
             guard=self._guard,
         )
         for optimizer in self.optimizers:
@@ -169,6 +180,11 @@ class StaleSyncStrategy(StaleStrategy):
         """Let the time until the next push count as computing."""
         if self._client is not None:
             self._client.start_computing()
+
+    def after_batch(self) -> None:
+        """Pull the weights that other optimizers' losses may have needed until now."""
+        if self._exchange is not None:
+            self._exchange.after_batch()
 
     def on_validation_end(self) -> None:
         """Weights that a callback has swapped for validation, and back, are not a change."""
@@ -194,11 +210,12 @@ class StaleSyncStrategy(StaleStrategy):
         """End what is left after a failure; the model keeps the weights it has."""
         if self._exchange is not None and self.is_global_zero:
             try:
+                self._require_client().begin_to_end()
                 self._take_back_optimizers()
-            except (ServerLostError, RunFailedError, WireError):
+            except (ServerLostError, RunFailedError, WireError) as error:
                 rank_zero_warn(
-                    "the state of the optimizers was in the parameter server, which is gone: what is saved now lacks "
-                    "it. Resume from the last checkpoint."
+                    f"the state of the optimizers is lost with the parameter server, where it was: {error}. What is "
+                    "saved now lacks it: resume from the last checkpoint."
                 )
         self._release_model()
         if self._client is not None:
@@ -207,6 +224,7 @@ class StaleSyncStrategy(StaleStrategy):
         if self._server is not None:
             self._server.stop(grace_s=1.0)
             self._server = None
+        self._end_introduction()
         super().teardown()
 
     def _take_back_optimizers(self) -> None:
@@ -252,6 +270,8 @@ class StaleSyncStrategy(StaleStrategy):
         """Return the weights, after all workers have met; without waiting where the run has been interrupted."""
         if self._client is not None:
             if self._require_trainer().interrupted:
+                if self._exchange is not None:
+                    self._exchange.look_for_changes()
                 self._client.pull()
                 if self._exchange is not None:
                     self._exchange.spread()
@@ -292,27 +312,25 @@ class StaleSyncStrategy(StaleStrategy):
 
     # --- the server -------------------------------------------------------------------------------------------------
 
-    def _share_endpoint(self) -> Endpoint:
-        """Give rank 0's server its job, and tell the others through the rendezvous store where it is."""
-        store, key = internals.rendezvous_store(), f"lightning_stale/{self.broadcast(uuid.uuid4().hex)}"
-        if not self.is_global_zero:
-            answer: str = store.get(key).decode()
-            if not answer.startswith("+"):
-                raise ServerLostError(f"rank 0 could not start the parameter server: {answer[1:]}")
-            return Endpoint.decode(answer[1:])
-        try:
-            endpoint = self._start_server()
-        except BaseException as error:
-            store.set(key, f"-{type(error).__name__}: {error}")
-            raise
-        store.set(key, f"+{endpoint.encode()}")
-        return endpoint
+    def _share_endpoint(self) -> tuple[Endpoint, Credentials]:
+        run = self.broadcast(uuid.uuid4().hex)
+        self._introduction = Introduction(
+            internals.rendezvous_store(), run, self.global_rank, alone=self.world_size == 1
+        )
+        if self.is_global_zero:
+            return self._introduction.offer(self._start_server)
+        return self._introduction.accept(self._check_signals)
 
-    def _start_server(self) -> Endpoint:
+    def _end_introduction(self) -> None:
+        if self._introduction is not None:
+            self._introduction.close()
+            self._introduction = None
+
+    def _start_server(self, credentials: Credentials) -> Endpoint:
         assert self.cluster_environment is not None
         parameters = unique_parameters(self.optimizers)
         layout = Layout.of(parameters)
-        several_hosts = self.num_nodes > 1
+        host, reached_at = address.choose(self.cluster_environment.main_address, self.num_nodes)
         if self._server is None:  # the second training of one fit, as LearningRateFinder does it
             self._server = ServerProcess()
         port = self._server.serve(
@@ -320,23 +338,24 @@ class StaleSyncStrategy(StaleStrategy):
             self.optimizers,
             self.paradigm,
             self.world_size,
-            host="0.0.0.0" if several_hosts else "127.0.0.1",  # noqa: S104 - authenticated
+            credentials,
+            host=host,
             folder=self._choose_folder(layout),
+            local_workers=self.num_processes if self._shares_memory() else 0,
             snapshot=self._snapshot,
         )
-        address = self.cluster_environment.main_address if several_hosts else "127.0.0.1"
         return Endpoint(
-            address=f"tcp://{address}:{port}",
+            address=f"tcp://{reached_at}:{port}",
             host_id=memory.host_id(),
             pid=self._server.pid,
-            server_key=self._server.server_keys.public,
-            worker_public=self._server.worker_keys.public,
-            worker_secret=self._server.worker_keys.secret,
             layout=layout.to_message(),
         )
 
+    def _shares_memory(self) -> bool:
+        return self.transport != "tcp" and memory.supported()
+
     def _choose_folder(self, layout: Layout) -> str:
-        if self.transport == "tcp" or not memory.supported():
+        if not self._shares_memory():
             return ""
         folder, warning = memory.choose_folder(2 * layout.nbytes * self.num_processes)
         if warning is not None:

@@ -46,12 +46,18 @@ class WithCounting(Regression):
         return Counting(self.parameters(), lr=0.1)
 
 
-def fit_and_resume(rank: int, strategy: str, model: type[Regression], path: Path) -> tuple[Any, Any, Any]:
+def tcp() -> StaleSyncStrategy:
+    return StaleSyncStrategy(paradigm="ssp", transport="tcp")
+
+
+def fit_and_resume(rank: int, strategy: Any, model: type[Regression], path: Path) -> tuple[Any, Any, Any]:
+    strategy = tcp() if strategy == "tcp" else strategy
     first = model("SGD", lr=0.05, momentum=0.9)
     t = trainer(1, strategy, **PLAIN)
     t.fit(first, loader(), loader(samples=16))
     t.save_checkpoint(path)
     second = model("SGD", lr=0.05, momentum=0.9)
+    strategy = tcp() if isinstance(strategy, StaleSyncStrategy) else strategy
     trainer(1, strategy, **{**PLAIN, "max_epochs": 2}).fit(second, loader(), ckpt_path=path)
     saved = torch.load(path, weights_only=False)
     return weights(first), weights(second), saved["optimizer_states"]
@@ -59,13 +65,14 @@ def fit_and_resume(rank: int, strategy: str, model: type[Regression], path: Path
 
 @pytest.mark.parametrize("model", [Clamping, WithCounting])
 def test_changes_of_the_only_worker_count(model: type[Regression], tmp_path: Path) -> None:
-    plain, stale = (
+    plain, *others = (
         run_workers(fit_and_resume, 1, tmp_path / strategy, strategy, model, tmp_path / f"{strategy}.ckpt")[0]
-        for strategy in ("auto", "ssp")
+        for strategy in ("auto", "ssp", "tcp")
     )
-    for left, right in zip(plain[:2], stale[:2], strict=True):
-        assert_same(left, right)
-    assert_equal(plain[2], stale[2])
+    for stale in others:
+        for left, right in zip(plain[:2], stale[:2], strict=True):
+            assert_same(left, right)
+        assert_equal(plain[2], stale[2])
 
 
 class WithTeacher(Regression):

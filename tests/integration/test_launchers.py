@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from torch import Tensor
 
 from lightning_stale import DSSP, StaleSyncStrategy
+from lightning_stale.parameter_server.secret import SecretError
 from tests.integration.harness import free_port, run_script, run_workers, script
 from tests.integration.models import Regression, assert_same, loader, trainer, weights
 
@@ -47,6 +49,15 @@ if __name__ == "__main__":
     t = trainer(2, StaleSyncStrategy(paradigm=SSP(threshold=1), start_method="fork"), max_steps=STEPS)
     t.fit(Raising(), loader())
 """
+
+
+class Second(LightningEnvironment):
+    """Of two hosts, without a first one to wait for."""
+
+    creates_processes_externally = True
+
+    def world_size(self) -> int:
+        return 2
 
 
 class Raising(Regression):
@@ -136,14 +147,21 @@ def test_torchrun(expected: dict[str, Tensor], tmp_path: Path) -> None:
         assert_summary(summary, "BSP()", updates=STEPS)
 
 
+def test_two_nodes_without_a_secret_are_told_what_to_export() -> None:
+    with pytest.raises(SecretError, match=r"export LIGHTNING_STALE_SECRET=\$\(openssl rand -hex 32\)"):
+        trainer(1, "bsp", num_nodes=2, plugins=[Second()]).fit(Regression(), loader())
+
+
 def test_two_nodes_over_tcp(expected: dict[str, Tensor], tmp_path: Path) -> None:
     port = free_port()
     names = ("tcp:bsp", "tcp:dssp")
     with contextlib.ExitStack() as stack:
         agents = []
         for node in (0, 1):
-            command = torchrun(2, node, 1, port)
-            agents.append(stack.enter_context(script(SCRIPT, tmp_path / str(node), "2", *names, command=command)))
+            command, env = torchrun(2, node, 1, port), {"LIGHTNING_STALE_SECRET": "the same on both hosts, and long"}
+            agents.append(
+                stack.enter_context(script(SCRIPT, tmp_path / str(node), "2", *names, command=command, env=env))
+            )
         for agent in agents:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 agent.wait(120)

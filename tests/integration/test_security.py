@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import base64
 import contextlib
 import os
 import pickle
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -16,12 +18,16 @@ import psutil
 import pytest
 import zmq
 from torch import Tensor
+from torch.distributed import PrefixStore
+from zmq.utils import z85
 
 import lightning_stale.parameter_server
 from lightning_stale import StaleSyncStrategy
 from lightning_stale.parameter_server import wire
+from lightning_stale.parameter_server.credentials import Credentials
 from lightning_stale.parameter_server.endpoint import Endpoint
 from lightning_stale.parameter_server.socket import KeyPair
+from lightning_stale.strategies.internals import rendezvous_store
 from tests.integration.harness import signal_test, wait_for_file, workers
 from tests.integration.models import Regression, assert_same, loader, trainer, weights
 
@@ -44,17 +50,21 @@ class Held(Regression):
 
 
 class Telling(StaleSyncStrategy):
-    """Leaves word where the server is."""
+    """Leaves word where the server is, of the keys, and of all that anybody finds in the rendezvous store."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(paradigm="bsp", transport="tcp")
         self.folder = folder
 
-    def _share_endpoint(self) -> Endpoint:
-        endpoint = super()._share_endpoint()
+    def _share_endpoint(self) -> tuple[Endpoint, Credentials]:
+        endpoint, credentials = super()._share_endpoint()
         if self.is_global_zero:
-            (self.folder / "endpoint").write_text(endpoint.encode())
-        return endpoint
+            store = rendezvous_store()
+            while isinstance(store, PrefixStore):
+                store = store.underlying_store
+            found = [(key, store.get(key)) for key in store.list_keys() if store.check([key])]
+            (self.folder / "told").write_bytes(pickle.dumps((endpoint, credentials, found)))
+        return endpoint, credentials
 
 
 def fit(rank: int, folder: Path) -> dict[str, Tensor]:
@@ -78,11 +88,13 @@ class Bomb:
 
 
 @contextlib.contextmanager
-def dealer(endpoint: Endpoint, keys: KeyPair | None) -> Iterator[tuple[zmq.Socket[bytes], zmq.Socket[bytes]]]:
+def dealer(
+    endpoint: Endpoint, server_key: str, keys: KeyPair | None
+) -> Iterator[tuple[zmq.Socket[bytes], zmq.Socket[bytes]]]:
     """Yield a DEALER to the server, and the monitor of its events; ``keys=None``: without authentication."""
     with zmq.Context() as context, context.socket(zmq.DEALER) as sock:
         if keys is not None:
-            sock.curve_serverkey = endpoint.server_key.encode()
+            sock.curve_serverkey = server_key.encode()
             sock.curve_publickey, sock.curve_secretkey = keys.public.encode(), keys.secret.encode()
         sock.linger = 1_000
         monitor = sock.get_monitor_socket()
@@ -112,7 +124,7 @@ REFUSED = (
 )
 
 
-def annoy(endpoint: Endpoint, folder: Path) -> None:
+def annoy(endpoint: Endpoint, credentials: Credentials, folder: Path) -> None:
     """Do to the server's port what strangers do."""
     host, port = endpoint.address.removeprefix("tcp://").split(":")
     for garbage in (
@@ -128,14 +140,15 @@ def annoy(endpoint: Endpoint, folder: Path) -> None:
 
     hello = wire.encode_message("hello", rank=1, pid=os.getpid(), shared=False)
     abort = wire.encode_message("abort", kind="error", text="a stranger's")
+    server_key = credentials.server.public
     for keys in (None, KeyPair.new()):
-        with dealer(endpoint, keys) as (sock, monitor):
+        with dealer(endpoint, server_key, keys) as (sock, monitor):
             sock.send(hello, zmq.NOBLOCK)
             sock.send(abort, zmq.NOBLOCK)
             wait_for_event(monitor, *REFUSED)
             assert not sock.poll(0)
 
-    insider = KeyPair(endpoint.worker_public, endpoint.worker_secret)
+    insider = credentials.worker
     for frames in (
         [b""],
         [b"\x00" * 100],
@@ -153,14 +166,35 @@ def annoy(endpoint: Endpoint, folder: Path) -> None:
         [b"\x81" * 100_000],  # nested a hundred thousand deep
         [bytes(wire.HEADER_BYTES + 1)],
     ):
-        with dealer(endpoint, insider) as (sock, monitor):
+        with dealer(endpoint, server_key, insider) as (sock, monitor):
             wait_for_event(monitor, zmq.EVENT_HANDSHAKE_SUCCEEDED)
             sock.send_multipart(frames)
             assert not sock.poll(50), "the server answered"
-    with dealer(endpoint, insider) as (sock, monitor):
+    with dealer(endpoint, server_key, insider) as (sock, monitor):
         wait_for_event(monitor, zmq.EVENT_HANDSHAKE_SUCCEEDED)
         sock.send(bytes(wire.MAX_FRAME_BYTES + 1))
         wait_for_event(monitor, zmq.EVENT_DISCONNECTED)  # more than the limit is not even read
+
+
+def try_what_the_store_holds(found: list[tuple[str, bytes]], endpoint: Endpoint, credentials: Credentials) -> None:
+    """Try to come in with everything that stands in the rendezvous store, which anybody may list."""
+    keys = [key for key, _ in found]
+    (told,) = (key for key in keys if "lightning_stale/" in key)
+    everything = "\n".join(f"{key}\n{value.decode(errors='replace')}" for key, value in found)
+    assert endpoint.address in everything
+    for pair in (credentials.server, credentials.worker):
+        raw = z85.decode(pair.secret.encode())
+        for form in (pair.secret, raw.hex(), base64.b64encode(raw).decode(), raw.decode(errors="replace")):
+            assert form not in everything
+    words = set(re.split(r"[\s\"+,:\[\]{}/]+", everything)) | {value.decode(errors="replace") for _, value in found}
+    run = told.rpartition("lightning_stale/")[2]
+    for word in words:  # as a secret, and as a key
+        guesses = [Credentials.derive(word, run)]
+        assert credentials not in guesses
+        assert guesses[0].worker.public != credentials.worker.public
+        if len(word) == 40 and word.isascii():
+            with contextlib.suppress(ValueError, zmq.ZMQError):
+                assert zmq.curve_public(word.encode()).decode() != credentials.worker.public
 
 
 def test_strangers_change_nothing_and_are_logged_once(tmp_path: Path) -> None:
@@ -171,15 +205,19 @@ def test_strangers_change_nothing_and_are_logged_once(tmp_path: Path) -> None:
         with workers(fit, 2, folder, folder) as group, contextlib.ExitStack() as idle:
             group.wait_for("held-0")
             group.wait_for("held-1")
-            endpoint = Endpoint.decode((folder / "endpoint").read_text())
+            endpoint, credentials, found = pickle.loads((folder / "told").read_bytes())
             assert listening(group.server()) == [("127.0.0.1", int(endpoint.address.rsplit(":", 1)[1]))]
             if disturbed:
                 host, port = endpoint.address.removeprefix("tcp://").split(":")
                 for _ in range(20):  # these say nothing, and stay
                     idle.enter_context(socket.create_connection((host, int(port))))
-                knocking, _ = idle.enter_context(dealer(endpoint, KeyPair.new()))  # this tries again and again
+                server_key = credentials.server.public
+                knocking, _ = idle.enter_context(
+                    dealer(endpoint, server_key, KeyPair.new())
+                )  # this tries again and again
                 knocking.send(b"let me in", zmq.NOBLOCK)
-                annoy(endpoint, folder)
+                annoy(endpoint, credentials, folder)
+                try_what_the_store_holds(found, endpoint, credentials)
                 assert group.server().memory_info().rss < 2 * 2**30
             (folder / "go").touch()
             ended = group.join(timeout=60)

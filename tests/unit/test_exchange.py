@@ -29,11 +29,18 @@ class FakeClient:
         for weight, parameter in zip(self.weights, parameters, strict=True):
             weight.copy_(parameter.detach())
         self.pushes: list[dict[str, Any]] = []
-        self.shared = True
+        self.changes: list[list[int]] = []
+        self.refreshed = 0
 
-    def push(self, optimizer: int, places: list[int], used: list[bool], options: Any, clip: Any) -> None:
+    def push(self, optimizer: int, places: list[int], used: list[bool], options: Any, clip: Any, whole: bool) -> None:
         gradients = [self.gradients[p].clone() if u else None for p, u in zip(places, used, strict=True)]
         self.pushes.append({"optimizer": optimizer, "gradients": gradients, "options": options, "clip": clip})
+
+    def tell_changes(self, places: list[int]) -> None:
+        self.changes.append(places)
+
+    def refresh(self) -> None:
+        self.refreshed += 1
 
 
 class Setup:
@@ -44,6 +51,7 @@ class Setup:
         *,
         averages: bool = False,
         alone: bool = False,
+        whole: bool = True,
         make: Callable[..., list[torch.optim.Optimizer]] | None = None,
     ) -> None:
         self.parameters = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, 2))]
@@ -59,6 +67,7 @@ class Setup:
             self.precision,
             averages=averages,
             alone=alone,
+            whole=whole,
             guard=self._guard,
         )
 
@@ -285,6 +294,7 @@ def test_what_the_only_worker_does_to_its_weights_counts(change: Callable[[nn.Pa
     setup.parameters[0].sum().backward()
     setup.optimizers[0].step()
     assert torch.equal(setup.client.weights[0], torch.full((3,), 3.0))
+    assert setup.client.changes == [[0]]
     setup.client.weights[0].fill_(7.0)  # the server takes its step
     setup.exchange.spread()
     assert torch.equal(setup.parameters[0], torch.full((3,), 7.0))
@@ -314,3 +324,39 @@ def test_weights_that_are_swapped_and_remembered_are_no_change() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         setup.optimizers[0].step()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_graph_that_needs_the_weights_of_before_a_step_raises_as_with_a_plain_optimizer(whole: bool) -> None:
+    setup = Setup(whole=whole)
+    later = (setup.parameters[0] ** 2).sum()
+    setup.backward()
+    setup.optimizers[0].step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        later.backward()
+
+
+def test_a_graph_over_other_weights_than_those_of_the_step_lives_on_and_they_come_after_the_batch() -> None:
+    def make(parameters: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
+        return [torch.optim.SGD([parameters[0]], lr=0.5), torch.optim.SGD([parameters[1]], lr=0.5)]
+
+    setup = Setup(whole=False, make=make)
+    later = (setup.parameters[1] ** 2).sum()
+    setup.backward(places=[0])
+    setup.optimizers[0].step()
+    later.backward()
+    assert setup.client.refreshed == 0
+    setup.exchange.after_batch()
+    assert setup.client.refreshed == 1
+    again = (setup.parameters[1] ** 2).sum()
+    setup.exchange.after_batch()
+    assert setup.client.refreshed == 1, "nothing has been pushed since"
+    again.backward()
+
+
+def test_automatic_optimization_pulls_once() -> None:
+    setup = Setup()
+    setup.backward()
+    setup.optimizers[0].step()
+    setup.exchange.after_batch()
+    assert setup.client.refreshed == 0

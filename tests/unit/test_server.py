@@ -24,6 +24,7 @@ from lightning_stale.paradigms import ASP, BSP, DSSP, SSP, Paradigm
 from lightning_stale.parameter_server import memory, wire
 from lightning_stale.parameter_server.layout import Layout
 from lightning_stale.parameter_server.options import read_options
+from lightning_stale.parameter_server.parcel import unpack
 from lightning_stale.parameter_server.server import ParameterServer
 from lightning_stale.parameter_server.store import ParameterStore
 
@@ -72,12 +73,16 @@ class FakeSocket:
     def __init__(self) -> None:
         self.router = FakeRouter()
         self.closed: list[int] = []
+        self.ended: set[int] = set()  # descriptors that no connection has now
         self.refused = False
 
     def closed_connections(self) -> tuple[list[int], bool]:
         answer = self.closed, self.refused
         self.closed, self.refused = [], False
         return answer
+
+    def is_open(self, connection: int) -> bool:
+        return connection not in self.ended
 
 
 def identity_of(rank: int) -> bytes:
@@ -148,6 +153,7 @@ class Harness:
             "used": [True] * len(places),
             "options": read_options(self.store.optimizers[optimizer]),
             "clip": None,
+            "whole": True,
             "wait_s": 0.0,
             "compute_s": 0.0,
             **fields,
@@ -185,14 +191,24 @@ class Harness:
     def take(self, rank: int) -> list[dict[str, Any]]:
         """Return the messages for ``rank`` since the last call; the bytes of their chunks as ``"data"``."""
         messages: list[dict[str, Any]] = []
-        for header, *payload in self.socket.router.sent.pop(identity_of(rank), []):
-            message = wire.decode_message(header)
-            if message["type"] == "chunk":
-                assert message["offset"] == len(messages[-1]["data"])
-                messages[-1]["data"] += payload[0]
-            else:
-                messages.append({**message, "data": b""})
-        assert all(message["data"] == b"" or len(message["data"]) == message["nbytes"] for message in messages)
+        received = 0
+        while frames := self.socket.router.sent.pop(identity_of(rank), []):
+            for header, *payload in frames:
+                message = wire.decode_message(header)
+                if message["type"] == "chunk":
+                    whole, offset = messages[-1]["data"], message["offset"]
+                    whole.extend(bytes(max(0, offset + len(payload[0]) - len(whole))))
+                    whole[offset : offset + len(payload[0])] = payload[0]
+                    received += len(payload[0])
+                    if received < messages[-1]["nbytes"]:
+                        self.send(rank, "more")
+                else:
+                    messages.append({**message, "data": bytearray()})
+                    received = 0
+        for message in messages:
+            assert message["type"] not in ("released", "synced", "reply") or bool(message["nbytes"]) == bool(
+                message["data"]
+            )
         return messages
 
     def kinds(self, rank: int) -> list[str]:
@@ -209,7 +225,8 @@ class Harness:
         if rank in self.segments:
             assert message["nbytes"] == 0
             return self.layout.views(self.segments[rank][self.layout.nbytes :])
-        data = torch.frombuffer(bytearray(message["data"]), dtype=torch.uint8)
+        data = torch.zeros(self.layout.nbytes, dtype=torch.uint8)
+        data[: len(message["data"])] = torch.frombuffer(message["data"], dtype=torch.uint8)
         return self.layout.views(data)
 
     def failure(self, rank: int) -> dict[str, Any]:
@@ -222,7 +239,7 @@ class Harness:
         self.send(rank, question, **fields)
         (message,) = self.take(rank)
         assert message["type"] == "reply"
-        return wire.decode_object(message["data"])
+        return unpack(torch.frombuffer(message["data"], dtype=torch.uint8), message["head"])
 
 
 def filled(value: float) -> list[Tensor]:
@@ -280,6 +297,18 @@ def test_who_has_the_newest_weights_is_not_sent_them_again() -> None:
     assert [harness.take(rank)[0]["nbytes"] for rank in (0, 1)] == [0, 0]
     harness.push(0)
     assert harness.released(0)["nbytes"] == harness.layout.nbytes
+
+
+@pytest.mark.skipif(not memory.supported(), reason="needs Linux")
+def test_segments_are_made_before_the_workers_connect(tmp_path: Path) -> None:
+    harness, made = Harness(ASP(), folder=str(tmp_path)), []
+    harness.server.prepare_segments(2, report=lambda: made.append(len(harness.server._segments)))
+    assert made == [1, 2]
+    harness.server._folder = str(tmp_path / "missing")  # so that no other one can be made
+    harness.start(shared=True)
+    harness.push(0, 2.0)
+    assert_weights(harness.weights(0, harness.released(0)), -1.0)
+    assert_weights(harness.weights(1, {"nbytes": 0}), 0.0)
 
 
 def test_unshared_workers_get_chunks(tmp_path: Path) -> None:
@@ -395,6 +424,61 @@ def test_a_push_of_one_of_several_optimizers_with_an_unused_parameter() -> None:
     torch.testing.assert_close([p.detach() for p in harness.store.parameters], [filled(0.0)[0], filled(-0.75)[1]])
 
 
+@pytest.mark.parametrize("shared", SHARED)
+@pytest.mark.parametrize("paradigm", [ASP(), BSP()], ids=repr)
+def test_a_push_may_bring_back_only_what_it_has_changed(paradigm: Paradigm, shared: bool, tmp_path: Path) -> None:
+    """Another loss is still to be differentiated at the rest."""
+
+    def make(parameters: list[Tensor]) -> list[Optimizer]:
+        return [torch.optim.SGD([parameters[0]], lr=LR), torch.optim.SGD([parameters[1]], lr=LR)]
+
+    harness = Harness(copy.deepcopy(paradigm), folder=str(tmp_path), make=make)
+    harness.start(shared)
+    staleness = []
+    for optimizer in (0, 1):
+        for rank in (0, 1):
+            harness.push(rank, 2.0, optimizer=optimizer, whole=False)
+        for rank in (0, 1):
+            message = harness.released(rank)
+            staleness.append(message["staleness"])
+            if optimizer == 0:
+                first, second = harness.weights(rank, message)
+                assert first.unique().item() == (-2.0 if rank == 1 and not paradigm.averages else -1.0)
+                assert not second.any(), "the other optimizer's weights have changed"
+    # the updates of the other worker since its last whole pull, and not its own
+    assert staleness == ([0, 0, 0, 0] if paradigm.averages else [0, 1, 1, 2])
+    for rank in (0, 1):
+        harness.send(rank, "pull")
+        (message,) = harness.take(rank)
+        assert_weights(harness.weights(rank, message), -1.0 if paradigm.averages else -2.0)
+    for rank in (0, 1):
+        harness.push(rank, optimizer=1)
+    assert harness.released(0)["staleness"] == 0
+
+
+def test_what_has_no_gradient_stays_as_it_was_when_a_push_brings_back_its_own() -> None:
+    harness = Harness(ASP())
+    harness.start()
+    harness.push(1, 1.0)
+    harness.push(0, 1.0, used=[False, True], whole=False)
+    message = harness.released(0)
+    assert message["nbytes"] == 16
+    first, second = harness.weights(0, message)
+    assert (first.unique().item(), second.unique().item()) == (0.0, -1.0)
+
+
+def test_the_only_worker_sets_weights_itself() -> None:
+    harness = Harness(ASP(), world_size=1)
+    harness.start()
+    harness.send(0, "change", places=[1], nbytes=16)
+    start = harness.layout.slots[1].offset
+    harness.send(0, "chunk", offset=start, payload=torch.full((2, 2), 3.0).numpy().tobytes())
+    assert harness.take(0) == []
+    harness.push(0, 2.0)
+    first, second = harness.weights(0, harness.released(0))
+    assert (first.unique().item(), second.unique().item()) == (-1.0, 2.0)
+
+
 def test_the_gate_gets_the_time() -> None:
     """DSSP: the grant of the table in test_paradigms."""
     harness = Harness(DSSP(lower=1, upper=3))
@@ -456,9 +540,10 @@ def test_a_raised_threshold_lets_waiting_workers_go_on_at_once_oldest_first() ->
     order: list[int] = []
     send_to = harness.server._send_to
 
-    def send(worker: Any, *frames: Any) -> None:
-        order.extend([worker.rank] if wire.decode_message(bytes(frames[0]))["type"] == "released" else [])
-        send_to(worker, *frames)
+    def send(identity: bytes, *frames: Any) -> None:
+        if wire.decode_message(bytes(frames[0]))["type"] == "released":
+            order.append(int(identity.rpartition(b"-")[2]))
+        send_to(identity, *frames)
 
     harness.server._send_to = send  # type: ignore[method-assign]
     for rank in (2, 1, 3):
@@ -696,6 +781,42 @@ def test_a_lost_worker_is_named_to_the_others_once() -> None:
     assert harness.take(0) == [], "the first failure is the one that counts"
 
 
+def test_a_worker_with_the_descriptor_of_a_stranger_that_has_gone_is_not_gone() -> None:
+    harness = Harness(ASP())
+    harness.hello(0)
+    hello = wire.encode_message("hello", rank=1, pid=1001, shared=False)
+    harness.socket.router.incoming.append([FakeFrame(f, connection_of(1)) for f in (identity_of(1), hello)])
+    harness.close_connection(1)  # the stranger's; the worker's hello has come in meanwhile
+    assert harness.kinds(1) == ["welcome"]
+    for rank in (0, 1):
+        harness.sync(rank)
+        assert harness.take(0) == [] or rank == 1
+    assert harness.kinds(1) == ["synced"]
+    harness.close_connection(1)
+    assert "rank 1 (process 1001) is gone" in harness.failure(0)["text"]
+
+
+def test_a_worker_that_has_died_right_after_its_hello_is_named() -> None:
+    harness = Harness(ASP())
+    harness.hello(0)
+    harness.socket.closed.append(connection_of(1))
+    harness.socket.ended.add(connection_of(1))
+    harness.send(1, "hello", rank=1, pid=1001, shared=False)
+    assert harness.failure(0)["text"] == "rank 1 (process 1001) is gone: it was killed or has crashed"
+    assert harness.take(1) == []
+
+
+@pytest.mark.parametrize("shared", SHARED)
+def test_a_worker_that_dies_while_its_welcome_is_sent_is_named(shared: bool, tmp_path: Path) -> None:
+    harness = Harness(ASP(), folder=str(tmp_path))
+    harness.hello(0)
+    harness.socket.router.gone[identity_of(1)] = errno.EHOSTUNREACH
+    harness.send(1, "hello", rank=1, pid=1001, shared=shared)
+    assert harness.take(0) == []
+    harness.close_connection(1)
+    assert harness.failure(0)["text"] == "rank 1 (process 1001) is gone: it was killed or has crashed"
+
+
 def test_a_goodbye_that_comes_with_the_end_of_the_connection_counts() -> None:
     harness = Harness(ASP())
     harness.start()
@@ -709,7 +830,13 @@ def test_a_goodbye_that_comes_with_the_end_of_the_connection_counts() -> None:
 def test_a_push_of_an_impossible_size_is_refused(nbytes: int) -> None:
     harness = Harness(ASP())
     harness.start()
-    message = {"optimizer": 0, "used": [True] * len(harness.store.places(0)), "options": [], "clip": None}
+    message = {
+        "optimizer": 0,
+        "used": [True] * len(harness.store.places(0)),
+        "options": [],
+        "clip": None,
+        "whole": True,
+    }
     harness.send(0, "push", **message, nbytes=nbytes, wait_s=0.0, compute_s=0.0)
     assert f"a push of {nbytes} bytes" in harness.failure(1)["text"]
 
@@ -717,7 +844,13 @@ def test_a_push_of_an_impossible_size_is_refused(nbytes: int) -> None:
 def test_a_push_before_the_last_is_complete_is_refused() -> None:
     harness = Harness(ASP())
     harness.start()
-    message = {"optimizer": 0, "used": [True] * len(harness.store.places(0)), "options": [], "clip": None}
+    message = {
+        "optimizer": 0,
+        "used": [True] * len(harness.store.places(0)),
+        "options": [],
+        "clip": None,
+        "whole": True,
+    }
     for _ in range(2):
         harness.send(0, "push", **message, nbytes=8, wait_s=0.0, compute_s=0.0)
     assert "with 8 of the last one missing" in harness.failure(1)["text"]
@@ -828,7 +961,10 @@ def test_another_error_of_the_socket_is_a_failure() -> None:
 
 
 ALL = [True, True]
-PUSH = {"optimizer": 0, "used": ALL, "options": [{}], "clip": None, "nbytes": 28, "wait_s": 0.0, "compute_s": 0.0}
+PUSH = {
+    **{"optimizer": 0, "used": ALL, "options": [{}], "clip": None, "whole": True},
+    **{"nbytes": 28, "wait_s": 0.0, "compute_s": 0.0},
+}
 
 
 @pytest.mark.parametrize(
@@ -845,6 +981,7 @@ PUSH = {"optimizer": 0, "used": ALL, "options": [{}], "clip": None, "nbytes": 28
         ([wire.encode_message("thresholds", values={b"threshold": 1})], "thresholds={b'threshold': 1}"),
         ([wire.encode_message("thresholds", values=[3])], "a 'thresholds' message with values=[3]"),
         ([wire.encode_message("chunk", offset=0), b"1234"], "a chunk of 4 bytes at 0 that belongs to no push"),
+        ([wire.encode_message("change", places=[0], nbytes=12)], "a change of the weights [0]"),  # one of several
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

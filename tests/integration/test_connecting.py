@@ -1,0 +1,76 @@
+"""A connect or a start that fails is an error, and over with: a sweep or a notebook goes on in the same process."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zmq
+
+from lightning_stale import ASP
+from lightning_stale.parameter_server import client as client_module
+from lightning_stale.parameter_server.client import ParameterClient, ServerLostError
+from lightning_stale.parameter_server.credentials import Credentials
+from lightning_stale.parameter_server.endpoint import Endpoint
+from lightning_stale.parameter_server.layout import Layout
+from lightning_stale.parameter_server.process import ServerProcess, ServerStartError
+from tests.integration.harness import free_port, run_workers
+
+CREDENTIALS = Credentials.derive("s" * 32, "run")
+
+
+def connect(address: str, check: Any = lambda: None) -> None:
+    endpoint = Endpoint(address, "another host", 7, Layout.of([torch.zeros(3)]).to_message())
+    ParameterClient(endpoint, CREDENTIALS, 0, "auto", check)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def fail_to_connect(rank: int) -> float:
+    """Return the seconds that failing took, with the garbage collected: there pyzmq blocks on sockets left open."""
+    client_module.CONNECT_TIMEOUT_S = 0.5
+    nobody = f"tcp://127.0.0.1:{free_port()}"
+    started = time.monotonic()
+    with pytest.raises(ServerLostError, match="has waited in vain for the parameter server"):
+        connect(nobody)
+    gc.collect()
+    with pytest.raises(KeyboardInterrupt):
+        connect(nobody, interrupt)
+    gc.collect()
+    with pytest.raises(zmq.ZMQError):
+        connect("tcp://no port")
+    gc.collect()
+    open_sockets = [link for link in map(read_link, Path("/proc/self/fd").iterdir()) if "socket" in link]
+    assert len(open_sockets) == 0, open_sockets
+    return time.monotonic() - started
+
+
+def read_link(path: Path) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:  # that of the listing itself
+        return ""
+
+
+def fail_to_start(rank: int) -> int | None:
+    """Return the exit status of a server that cannot listen where it should."""
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    server = ServerProcess()
+    with pytest.raises(ServerStartError, match="the parameter server did not start"):
+        server.serve([parameter], [torch.optim.SGD([parameter])], ASP(), 1, CREDENTIALS, "192.0.2.1", "")
+    return server._process.poll()
+
+
+def test_a_failed_connect_leaves_nothing_that_blocks(tmp_path: Path) -> None:
+    run_workers(fail_to_connect, 1, tmp_path, timeout=60)
+
+
+def test_a_server_that_cannot_start_ends(tmp_path: Path) -> None:
+    assert run_workers(fail_to_start, 1, tmp_path, timeout=60) == [1]
