@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_map
 
+from lightning_stale.pipeline.randomness import RandomState, replay
+
 Features = tuple[Any, ...]
 """The positional arguments of a block: tensors, or nested tuples, lists and dicts of tensors and plain values."""
 
@@ -38,7 +40,7 @@ class _Pending:
 
     inputs: Features  # leaves of the graph that backward goes through
     outputs: Features | None = None  # with their graph; None: to be recomputed
-    random_state: dict[str, Any] | None = None
+    random_state: RandomState | None = None
     weights: dict[str, Tensor] = field(default_factory=dict)  # those of the forward, if the graph has its own
 
 
@@ -106,7 +108,8 @@ class Stage:
         pending = self._pending[batch]
         outputs = pending.outputs
         if outputs is None:
-            with _replay(pending.random_state):
+            assert pending.random_state is not None
+            with replay(pending.random_state):
                 outputs = self._run(pending.inputs)
         pairs = [
             (output, gradient)
@@ -202,20 +205,8 @@ def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _random_state(inputs: Features) -> dict[str, Any]:
-    devices = sorted({tensor.device.index for tensor in tensors(inputs) if tensor.device.type == "cuda"})
-    return {"cpu": torch.get_rng_state(), "cuda": {index: torch.cuda.get_rng_state(index) for index in devices}}
-
-
-@contextmanager
-def _replay(state: dict[str, Any] | None) -> Iterator[None]:
-    """Let dropout draw again what it drew in the forward; the present random state is kept."""
-    assert state is not None
-    with torch.random.fork_rng(devices=list(state["cuda"])):
-        torch.set_rng_state(state["cpu"])
-        for index, values in state["cuda"].items():
-            torch.cuda.set_rng_state(values, index)
-        yield
+def _random_state(inputs: Features) -> RandomState:
+    return RandomState.now(sorted({tensor.device.index for tensor in tensors(inputs) if tensor.is_cuda}))
 
 
 def check_disjoint(blocks: Sequence[Block], outside: Iterable[tuple[str, nn.Parameter]] = ()) -> None:
