@@ -39,7 +39,7 @@ class Pipeline:
     ) -> None:
         self.stages = list(stages)
         self._first = first
-        self.streams = streams or Streams()
+        self._streams = streams or Streams()
         self.told = b""
         """What the first stage's process has said of the batch that the last one has got."""
         self._features_in, self._features_out = features_in, features_out
@@ -121,18 +121,18 @@ class Pipeline:
     ) -> Features | None:
         if self._features_in is not None:
             features, drawn, said = self._features_in.receive(batch)
-            self.streams.hear(drawn.encode("latin-1"))
+            self._streams.hear(drawn.encode("latin-1"))
             told = said.encode("latin-1")
         self.told = told
         started = time.perf_counter()
-        with self.streams.body():
+        with self._streams.body():
             for k, stage in enumerate(self.stages, self._first):
-                self.streams.block(k)
+                self._streams.block(k)
                 features = run(stage, features)
         self.busy_s += time.perf_counter() - started
         if self._features_out is None:
             return features
-        self._features_out.send(batch, (features, self.streams.tell().decode("latin-1"), told.decode("latin-1")))
+        self._features_out.send(batch, (features, self._streams.tell().decode("latin-1"), told.decode("latin-1")))
         return None
 
     def _backward(self, k: int, batch: int) -> None:

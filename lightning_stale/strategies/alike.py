@@ -38,7 +38,8 @@ class Alike:
         self._batch: witness.Witness | None = None
         self._inputs = 0
         self._travels = False
-        self.training = self.evaluation = Streams()
+        self.streams = Streams()
+        """Which numbers steps draw."""
 
     # --- random numbers ---------------------------------------------------------------------------------------------
 
@@ -52,17 +53,21 @@ class Alike:
         for generator, state in zip(self._generators, states, strict=True):
             generator.set_state(state)
 
-    def begin(self, stale: bool) -> None:
-        """Decide which numbers steps draw; ``stale``: whether stages run at the same time in training."""
+    def begin(self, fitting: bool, stale: bool) -> None:
+        """Decide which numbers steps draw.
+
+        Args:
+            fitting: whether in ``fit``; else the stages evaluate several batches at the same time.
+            stale: whether they train on several batches at the same time.
+        """
         self.agree()
         derived = DerivedStreams(RandomState.now(self._gpus).digest(), self._gpus)
-        self._travels = self._shared and not stale
-        if stale:
-            self.training = derived
-        elif self._shared:
-            self.training = TravellingStream(derived if self._strategy.global_rank > 0 else None, self._gpus)
-        if stale or self._shared:
-            self.evaluation = derived
+        self._travels = self._shared and fitting and not stale
+        if self._travels:  # in validation too, since what it draws changes what training draws afterwards
+            others = derived if self._strategy.global_rank > 0 else None
+            self.streams = TravellingStream(others, self._gpus)
+        elif stale or self._shared:
+            self.streams = derived
 
     def follow(self, pipeline: Pipeline) -> None:
         """Before a batch is loaded: where one stream of numbers goes through all stages, it is rank 0's."""

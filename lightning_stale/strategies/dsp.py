@@ -223,6 +223,8 @@ class DSPStrategy(SingleReplicaStrategy):
                 self._guard(lambda: health.check([neighbour], ended))
 
             links = link_stages(self._mesh, staleness, self.root_device, check)
+        assert self._alike is not None
+        self._alike.begin(trainer.state.fn == TrainerFn.FITTING, stale=any(staleness.m))
         self._pipeline = Pipeline(
             [
                 Stage(
@@ -237,9 +239,8 @@ class DSPStrategy(SingleReplicaStrategy):
             ],
             **links,
             first=mine.start,
+            streams=self._alike.streams,
         )
-        assert self._alike is not None
-        self._alike.begin(stale=any(staleness.m))
         self._summary = {
             "staleness": staleness.m,
             "stages": [
@@ -309,9 +310,9 @@ class DSPStrategy(SingleReplicaStrategy):
                     "what training_step computes before the module that was cut has parameters to train, which no "
                     "stage owns: make it part of that module, or freeze it"
                 )
-            run, self._pipeline.streams = self._pipeline.forward, self._alike.training
+            run = self._pipeline.forward
         else:
-            run, self._pipeline.streams = self._pipeline.evaluate, self._alike.evaluation
+            run = self._pipeline.evaluate
         tell = self._alike.tell(features)
         result = run(features, tell)
         if result is None:
@@ -331,12 +332,11 @@ class DSPStrategy(SingleReplicaStrategy):
         """Count the calls of the body in a step; a rank without the last stage is done after the first."""
         assert self._alike is not None
         trainer = self._require_trainer()
-        streams = self._alike.training if trainer.training else self._alike.evaluation
         self._path = (int(trainer.training), trainer.fit_loop.total_batch_idx, self._evaluated)
         self._evaluated += 0 if trainer.training else 1
         self._calls = 0
         try:
-            with streams.step(self._path):
+            with self._alike.streams.step(self._path):
                 yield
         except _StageDoneError:
             pass
@@ -362,8 +362,8 @@ class DSPStrategy(SingleReplicaStrategy):
         assert self._pipeline is not None
         assert self.lightning_module is not None
         assert self._alike is not None
-        with self._alike.training.apart():
-            self._alike.training.own((0, self.global_rank, *self._path))
+        with self._alike.streams.apart():
+            self._alike.streams.own((0, self.global_rank, *self._path))
             closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
             if self._pipeline.has_last:
                 self.precision_plugin.backward(closure_loss, self.lightning_module, optimizer, *args, **kwargs)
@@ -373,7 +373,7 @@ class DSPStrategy(SingleReplicaStrategy):
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         assert self._alike is not None
-        streams = self._alike.training
+        streams = self._alike.streams
 
         def closure_and_own_numbers() -> Any:
             result = closure()
@@ -403,8 +403,8 @@ class DSPStrategy(SingleReplicaStrategy):
         if self._pipeline.behind:
             if self._since_step == 0:  # what the last step has used
                 optimizer._optimizer.zero_grad()
-            with torch.enable_grad(), self._alike.training.apart():
-                self._alike.training.own((2, self.global_rank, *self._path))
+            with torch.enable_grad(), self._alike.streams.apart():
+                self._alike.streams.own((2, self.global_rank, *self._path))
                 self._pipeline.drain(step)
                 step(force=True)
         self._pipeline.restart()

@@ -172,8 +172,9 @@ def before_loading(trainer: Trainer, call: Callable[[], None]) -> Callable[[], N
 
 
 def before_fetching(trainer: Trainer, call: Callable[[], None]) -> Callable[[], None]:
-    """Call ``call`` whenever a training batch is about to be taken from the loader; return what undoes it."""
-    return _call_first([(trainer.fit_loop.epoch_loop, "_on_before_fetch")], call)
+    """Call ``call`` whenever ``fit`` is about to take a batch from a loader; return what undoes it."""
+    loop = trainer.fit_loop.epoch_loop
+    return _call_first([(loop, "_on_before_fetch"), (loop.val_loop, "_on_before_fetch")], call)
 
 
 def _call_first(places: list[tuple[Any, str]], call: Callable[[], None]) -> Callable[[], None]:
