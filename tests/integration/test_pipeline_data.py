@@ -225,22 +225,9 @@ class OwnGenerator(Mixing):
         return super().paired(x[order], y[order])
 
 
-class ByRank(Mixing):
-    """Draws on one rank only, before the body."""
-
-    def on_train_batch_start(self, *args: Any) -> None:
-        self.drawn = 0
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        if self.trainer.is_global_zero:
-            torch.rand(2)
-        return super().training_step(batch, batch_idx)
-
-
 DIFFERENT: list[Any] = [
     ("fit", "shards", 2, "read different samples in batch 0 of epoch 0", "Split an IterableDataset by torch.utils"),
     ("fit", "OwnGenerator", 0, "computed different inputs of the module that was cut", "seed those of your own alike"),
-    ("fit", "ByRank", 0, "they have drawn different random numbers", "do not ask for the rank"),
     ("validate", "shards", 0, "read different samples in batch 0 of the evaluation", "yield the same samples on every"),
 ]
 
