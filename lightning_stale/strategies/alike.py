@@ -19,7 +19,7 @@ from lightning_stale.strategies import internals
 if TYPE_CHECKING:
     from lightning_stale.strategies.replica import SingleReplicaStrategy
 
-_SELDOM = 50  # GPUs are asked for the body's inputs in each 50th batch: it makes them wait
+_SELDOM = 50  # a GPU is asked for the body's inputs in each 50th batch: it makes the process wait
 
 
 class Alike:
@@ -34,6 +34,7 @@ class Alike:
         self._shared = strategy.world_size > 1
         device = strategy.root_device
         self._gpus = [device.index] if device.type == "cuda" else []
+        self._seldom = bool(self._gpus)
         self._generators: list[Generator] = []
         self._batch: witness.Witness | None = None
         self._inputs = 0
@@ -98,7 +99,7 @@ class Alike:
         if not self._compares:
             return b""
         self._inputs += 1
-        seen = not self._gpus or self._inputs <= 2 or self._inputs % _SELDOM == 0
+        seen = not self._seldom or self._inputs <= 2 or self._inputs % _SELDOM == 0
         of_inputs = witness.witness(inputs) if seen else None
         told: bytes = msgpack.packb([self._batch, of_inputs, RandomState.now(self._gpus).digest()])
         self._batch = None
