@@ -10,6 +10,8 @@ from typing import Any
 import torch.distributed as dist
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, SequentialSampler
 
+from lightning_stale.pipeline.randomness import RandomState
+
 
 class SharedOrder(Sampler[Any]):
     """The order that rank 0 draws from ``sampler``, on every rank; one broadcast per epoch.
@@ -35,9 +37,12 @@ class SharedOrder(Sampler[Any]):
         return len(self.sampler)  # type: ignore[arg-type]
 
     def _shared(self, draws: Iterator[Any]) -> Iterator[Any]:
-        order = [list(islice(draws, len(self)))]  # as late as without sharing, for the same random numbers
-        dist.broadcast_object_list(order, src=0)
-        yield from order[0]
+        order = list(islice(draws, len(self)))  # as late as without sharing, for the same random numbers
+        shared = [(order, RandomState.now())]
+        dist.broadcast_object_list(shared, src=0)
+        order, drawn = shared[0]
+        drawn.restore()  # the others have drawn no order: what follows is the same for all of them
+        yield from order
         deque(draws, maxlen=0)  # who asks beyond the end makes a sampler of torch's draw once more
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from lightning_stale.pipeline.channels import Channel, MemoryChannel
 from lightning_stale.pipeline.schedule import drain, iteration
 from lightning_stale.pipeline.stage import Features, Stage
+from lightning_stale.pipeline.streams import Streams
 
 _CLOSE_S = 2.0
 
@@ -21,6 +22,8 @@ class Pipeline:
         features_out: features to the stage after; ``None`` if the last is here.
         gradients_in: gradients from the stage after.
         gradients_out: gradients to the stage before.
+        first: the number of the first of them.
+        streams: which random numbers are drawn.
     """
 
     def __init__(
@@ -30,8 +33,15 @@ class Pipeline:
         features_out: Channel | None = None,
         gradients_in: Channel | None = None,
         gradients_out: Channel | None = None,
+        *,
+        first: int = 0,
+        streams: Streams | None = None,
     ) -> None:
         self.stages = list(stages)
+        self._first = first
+        self._streams = streams or Streams()
+        self.told = b""
+        """What the first stage's process has said of the batch that the last one has got."""
         self._features_in, self._features_out = features_in, features_out
         self._gradients: list[Channel | None] = [
             gradients_out,
@@ -53,13 +63,16 @@ class Pipeline:
         """Whether backwards are left."""
         return any(stage.pending for stage in self.stages)
 
-    def forward(self, features: Features) -> Features | None:
-        """Run iteration ``n`` forward; return the result with its graph if the last stage is here, else pass it on."""
-        return self._through(features, self._batch, lambda stage, h: stage.forward(self._batch, h))
+    def forward(self, features: Features, tell: bytes = b"") -> Features | None:
+        """Run iteration ``n`` forward; return the result with its graph if the last stage is here, else pass it on.
 
-    def evaluate(self, features: Features) -> Features | None:
+        ``tell``: what the first stage's process says of the batch, for :attr:`told`.
+        """
+        return self._through(features, tell, self._batch, lambda stage, h: stage.forward(self._batch, h))
+
+    def evaluate(self, features: Features, tell: bytes = b"") -> Features | None:
         """Run the blocks without a backward to come."""
-        result = self._through(features, self._evaluated, lambda stage, h: stage.evaluate(h))
+        result = self._through(features, tell, self._evaluated, lambda stage, h: stage.evaluate(h))
         self._evaluated += 1
         return result
 
@@ -94,16 +107,32 @@ class Pipeline:
         for channel in channels:
             channel.join(max(0.0, deadline - time.monotonic()))
 
-    def _through(self, features: Features, batch: int, run: Callable[[Stage, Features], Features]) -> Features | None:
+    def from_last(self, value: bytes) -> bytes:
+        """Return the last stage's ``value`` in all processes; for a pipeline that has nothing under way."""
+        following, before = self._gradients[-1], self._gradients[0]
+        if following is not None:
+            value = following.receive(self._batch).encode("latin-1")
+        if before is not None:
+            before.send(self._batch, value.decode("latin-1"))
+        return value
+
+    def _through(
+        self, features: Features, told: bytes, batch: int, run: Callable[[Stage, Features], Features]
+    ) -> Features | None:
         if self._features_in is not None:
-            features = self._features_in.receive(batch)
+            features, drawn, said = self._features_in.receive(batch)
+            self._streams.hear(drawn.encode("latin-1"))
+            told = said.encode("latin-1")
+        self.told = told
         started = time.perf_counter()
-        for stage in self.stages:
-            features = run(stage, features)
+        with self._streams.body():
+            for k, stage in enumerate(self.stages, self._first):
+                self._streams.block(k)
+                features = run(stage, features)
         self.busy_s += time.perf_counter() - started
         if self._features_out is None:
             return features
-        self._features_out.send(batch, features)
+        self._features_out.send(batch, (features, self._streams.tell().decode("latin-1"), told.decode("latin-1")))
         return None
 
     def _backward(self, k: int, batch: int) -> None:

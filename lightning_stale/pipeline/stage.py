@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_stale.pipeline.buffers import Buffers
+from lightning_stale.pipeline.randomness import RandomState, replay
 from lightning_stale.pipeline.strides import copied
 from lightning_stale.pipeline.values import map_tensors, put_together, take_apart
 from lightning_stale.pipeline.values import tensors as tensors
@@ -42,7 +43,7 @@ class _Pending:
     inputs: Features
     leaves: list[Tensor]  # the tensors of the inputs, where the graph that backward goes through ends
     outputs: list[Tensor] | None = None  # those that require a gradient, with their graph; None: to be recomputed
-    random_state: dict[str, Any] | None = None
+    random_state: RandomState | None = None
     weights: ForwardWeights | None = None  # those of the forward, if others are in place when its graph goes backward
     wanted: list[bool] = field(default_factory=list)  # which outputs required a gradient in the forward
     trained: list[bool] = field(default_factory=list)  # which parameters did
@@ -153,7 +154,8 @@ class Stage:
         return [leaf.grad for leaf in self._pending.pop(batch).leaves if leaf.requires_grad]
 
     def _recomputed(self, pending: _Pending) -> list[Tensor]:
-        with _replay(pending.random_state):
+        assert pending.random_state is not None
+        with replay(pending.random_state):
             outputs = take_apart(self._run(pending.inputs))[1]
         requiring = [output.requires_grad for output in outputs]
         others = len(outputs) != len(pending.wanted)
@@ -197,20 +199,8 @@ def _sendable(tensor: Tensor, own: set[int]) -> Tensor:
     return sent.requires_grad_(tensor.requires_grad)
 
 
-def _random_state(inputs: Features) -> dict[str, Any]:
-    devices = sorted({tensor.device.index for tensor in tensors(inputs) if tensor.device.type == "cuda"})
-    return {"cpu": torch.get_rng_state(), "cuda": {index: torch.cuda.get_rng_state(index) for index in devices}}
-
-
-@contextmanager
-def _replay(state: dict[str, Any] | None) -> Iterator[None]:
-    """Let dropout draw again what it drew in the forward; the present random state is kept."""
-    assert state is not None
-    with torch.random.fork_rng(devices=list(state["cuda"])):
-        torch.set_rng_state(state["cpu"])
-        for index, values in state["cuda"].items():
-            torch.cuda.set_rng_state(values, index)
-        yield
+def _random_state(inputs: Features) -> RandomState:
+    return RandomState.now(sorted({tensor.device.index for tensor in tensors(inputs) if tensor.is_cuda}))
 
 
 def check_disjoint(blocks: Sequence[Block], outside: Iterable[tuple[str, nn.Parameter]] = ()) -> None:

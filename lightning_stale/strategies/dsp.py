@@ -20,10 +20,8 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-from lightning_stale.pipeline.channels import Channel
 from lightning_stale.pipeline.clipping import clip_per_block
 from lightning_stale.pipeline.links import link_stages, stage_mesh
-from lightning_stale.pipeline.order import share_order
 from lightning_stale.pipeline.ownership import constant_names, materialize, own_names, put_back
 from lightning_stale.pipeline.part import Part
 from lightning_stale.pipeline.partition import count_parameters
@@ -31,6 +29,7 @@ from lightning_stale.pipeline.pipeline import Pipeline
 from lightning_stale.pipeline.stage import Block, Stage, check_disjoint, tensors
 from lightning_stale.pipeline.staleness import Staleness
 from lightning_stale.strategies import internals
+from lightning_stale.strategies.alike import Alike
 from lightning_stale.strategies.cut import Split, cut_model, outside, positional
 from lightning_stale.strategies.relay import MetricsRelay
 from lightning_stale.strategies.replica import SingleReplicaStrategy
@@ -100,6 +99,9 @@ class DSPStrategy(SingleReplicaStrategy):
         self._part: Part | None = None
         self._count, self._mine, self._built_on_meta = 0, range(0), False
         self._mesh: DeviceMesh | None = None
+        self._alike: Alike | None = None
+        self._path: tuple[int, ...] = ()  # what tells the present step from all others
+        self._evaluated = 0
         self._calls: int | None = None  # of the body, in a step
         self._since_step = 0
         self._summary: dict[str, Any] = {"staleness": (), "stages": []}
@@ -133,8 +135,32 @@ class DSPStrategy(SingleReplicaStrategy):
         materialize(module, self._own_names(), self.root_device)
         self._undo_setup.append(internals.skip_broadcast(module))
 
+    def setup_environment(self) -> None:
+        """Join the other ranks; loaders may be made at any time from now on."""
+        super().setup_environment()
+        trainer = self._require_trainer()
+        self._alike = Alike(self)
+        self._undo_setup.append(internals.use_samplers_as_they_are(trainer))
+        self._undo_setup.append(internals.before_loading(trainer, self._before_loading))
+        self._undo_setup.append(internals.before_fetching(trainer, self._before_fetching))
+
+    def _before_loading(self) -> None:
+        """Meet before validation puts the model in eval mode (what is left is training), and let all draw alike."""
+        assert self._alike is not None
+        trainer = self._require_trainer()
+        if trainer.validating and trainer.state.fn == TrainerFn.FITTING:
+            trainer.training = True
+            self.meet("validation")
+            trainer.validating = True
+        self._alike.agree()
+
+    def _before_fetching(self) -> None:
+        if self._pipeline is not None and self._alike is not None:
+            self._alike.follow(self._pipeline)
+
     def setup(self, trainer: Trainer) -> None:
         """Set up, cut the model, and keep only what this rank owns."""
+        assert self._alike is not None
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
             self._check(trainer)
@@ -147,8 +173,8 @@ class DSPStrategy(SingleReplicaStrategy):
         per_rank = stages // self.world_size
         first = (self.world_size - 1 - self.global_rank) * per_rank  # the last stage is on rank 0
         self._count, self._mine = stages, range(first, first + per_rank)
+        self._alike.agree()
         super().setup(trainer)
-        internals.keep_samplers(trainer)
         self._cut(trainer)
         callbacks, relay = internals.callbacks(trainer), MetricsRelay(self.meet)
         callbacks.insert(int(fitting), relay)  # after MeetingPoints
@@ -156,28 +182,18 @@ class DSPStrategy(SingleReplicaStrategy):
         if fitting:
             self.precision_plugin.clip_gradients = self._clip_per_block  # type: ignore[method-assign]
             self._undo_setup.append(lambda: self.precision_plugin.__dict__.pop("clip_gradients", None))
-            self._drain_before_eval(trainer)
-
-    def _drain_before_eval(self, trainer: Trainer) -> None:
-        """Meet before the model is put in eval mode for validation: what is left of the batches is training."""
-        module = trainer.lightning_module
-        evaluate = module.on_validation_model_eval
-
-        def drain_and_evaluate() -> None:
-            if trainer.validating:
-                trainer.training = True
-                self.meet("validation")
-                trainer.validating = True
-            evaluate()
-
-        module.on_validation_model_eval = drain_and_evaluate  # type: ignore[method-assign]
-        self._undo_setup.append(lambda: module.__dict__.pop("on_validation_model_eval", None))
 
     def process_dataloader(self, dataloader: object) -> object:
-        """Have all ranks draw the same order."""
-        if self.world_size > 1 and isinstance(dataloader, DataLoader):
-            share_order(dataloader, internals.batch_sampler(dataloader))
+        """Have all ranks draw the same samples."""
+        if self._alike is not None and isinstance(dataloader, DataLoader):
+            self._alike.prepare(dataloader)
         return dataloader
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """Move the batch to the device."""
+        if self._alike is not None:
+            self._alike.note_batch(batch)
+        return super().batch_to_device(batch, device, dataloader_idx)
 
     def _check(self, trainer: Trainer) -> None:
         module = trainer.lightning_module
@@ -198,7 +214,7 @@ class DSPStrategy(SingleReplicaStrategy):
         staleness = Staleness.of(self.staleness, stages, self.queues)
         owner, self._blocks = cut_model(trainer, stages, self.module, self.split, self._undo_setup)
         check_disjoint(self._blocks, outside(module, owner))
-        links: dict[str, Channel] = {}
+        links: dict[str, Any] = {}
         if self.world_size > 1:
             self._mesh = stage_mesh(self.world_size, self.root_device)
             health = self._start_health()
@@ -207,6 +223,8 @@ class DSPStrategy(SingleReplicaStrategy):
                 self._guard(lambda: health.check([neighbour], ended))
 
             links = link_stages(self._mesh, staleness, self.root_device, check)
+        assert self._alike is not None
+        self._alike.begin(trainer.state.fn == TrainerFn.FITTING, stale=any(staleness.m))
         self._pipeline = Pipeline(
             [
                 Stage(
@@ -220,6 +238,8 @@ class DSPStrategy(SingleReplicaStrategy):
                 for k in mine
             ],
             **links,
+            first=mine.start,
+            streams=self._alike.streams,
         )
         self._summary = {
             "staleness": staleness.m,
@@ -269,6 +289,7 @@ class DSPStrategy(SingleReplicaStrategy):
 
     def _forward(self, features: tuple[Any, ...]) -> Any:
         assert self._pipeline is not None
+        assert self._alike is not None
         assert self.lightning_module is not None
         training = self._calls is not None and self.lightning_module.trainer.training
         if self.world_size > 1 and self._calls is None:
@@ -289,19 +310,34 @@ class DSPStrategy(SingleReplicaStrategy):
                     "what training_step computes before the module that was cut has parameters to train, which no "
                     "stage owns: make it part of that module, or freeze it"
                 )
-            result = self._pipeline.forward(features)
+            run = self._pipeline.forward
         else:
-            result = self._pipeline.evaluate(features)
+            run = self._pipeline.evaluate
+        tell = self._alike.tell(features)
+        result = run(features, tell)
         if result is None:
             raise _StageDoneError
+        if self._calls is not None:
+            self._alike.compare(tell, self._pipeline.told, self._place())
         return result[0]
+
+    def _place(self) -> str:
+        trainer = self._require_trainer()
+        if trainer.training:
+            return f"batch {trainer.fit_loop.batch_idx} of epoch {trainer.current_epoch}"
+        return f"batch {self._evaluated - 1} of the evaluation"
 
     @contextmanager
     def _step(self) -> Iterator[None]:
         """Count the calls of the body in a step; a rank without the last stage is done after the first."""
+        assert self._alike is not None
+        trainer = self._require_trainer()
+        self._path = (int(trainer.training), trainer.fit_loop.total_batch_idx, self._evaluated)
+        self._evaluated += 0 if trainer.training else 1
         self._calls = 0
         try:
-            yield
+            with self._alike.streams.step(self._path):
+                yield
         except _StageDoneError:
             pass
         finally:
@@ -325,15 +361,27 @@ class DSPStrategy(SingleReplicaStrategy):
         """Back-propagate the loss where it is, and run the stages' backwards of this iteration."""
         assert self._pipeline is not None
         assert self.lightning_module is not None
-        closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
-        if self._pipeline.has_last:
-            self.precision_plugin.backward(closure_loss, self.lightning_module, optimizer, *args, **kwargs)
-        self._pipeline.backward()
-        self._since_step += 1
-        return self.precision_plugin.post_backward(closure_loss, self.lightning_module)
+        assert self._alike is not None
+        with self._alike.streams.apart():
+            self._alike.streams.own((0, self.global_rank, *self._path))
+            closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
+            if self._pipeline.has_last:
+                self.precision_plugin.backward(closure_loss, self.lightning_module, optimizer, *args, **kwargs)
+            self._pipeline.backward()
+            self._since_step += 1
+            return self.precision_plugin.post_backward(closure_loss, self.lightning_module)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        result = super().optimizer_step(optimizer, closure, model, **kwargs)
+        assert self._alike is not None
+        streams = self._alike.streams
+
+        def closure_and_own_numbers() -> Any:
+            result = closure()
+            streams.own((1, self.global_rank, *self._path))
+            return result
+
+        with streams.apart():
+            result = super().optimizer_step(optimizer, closure_and_own_numbers, model, **kwargs)
         self._since_step = 0
         return result
 
@@ -341,6 +389,7 @@ class DSPStrategy(SingleReplicaStrategy):
         """Drain the pipeline: every batch has then updated every block once."""
         if self._pipeline is None or self.lightning_module is None or not self.optimizers:
             return
+        assert self._alike is not None
         optimizer, module = self._lightning_optimizers[0], self.lightning_module
         group = module.trainer.accumulate_grad_batches
 
@@ -354,9 +403,10 @@ class DSPStrategy(SingleReplicaStrategy):
         if self._pipeline.behind:
             if self._since_step == 0:  # what the last step has used
                 optimizer._optimizer.zero_grad()
-            with torch.enable_grad():
+            with torch.enable_grad(), self._alike.streams.apart():
+                self._alike.streams.own((2, self.global_rank, *self._path))
                 self._pipeline.drain(step)
-            step(force=True)
+                step(force=True)
         self._pipeline.restart()
 
     def _clip_per_block(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.overrides.distributed import _sync_module_states
@@ -14,6 +17,7 @@ from torch.distributed.distributed_c10d import Store, Work, _get_default_store
 from torch.utils.data import DataLoader
 
 from lightning_stale.launchers.internals import is_lost_connection as is_lost_connection
+from lightning_stale.pipeline.randomness import kept
 
 log = logging.getLogger(__name__)
 
@@ -115,14 +119,6 @@ def current_hook(module: LightningModule) -> str | None:
     return module._current_fx_name
 
 
-def keep_samplers(trainer: Trainer) -> None:
-    """Let Lightning leave the samplers alone: there is one replica, whose order the strategy shares itself.
-
-    Lightning's injected sampler would shuffle training data even where the user has not asked for it.
-    """
-    trainer._accelerator_connector.use_distributed_sampler = False
-
-
 def batch_sampler(loader: DataLoader[Any]) -> Any:
     """Return the batch sampler that the user has made, under the wrapper that Lightning puts around it to predict."""
     return getattr(loader.batch_sampler, "_batch_sampler", loader.batch_sampler)
@@ -141,7 +137,8 @@ def first_input(trainer: Trainer, module: torch.nn.Module) -> Any:
         captured.append(args[0])
         raise _CapturedError
 
-    with torch.random.fork_rng():
+    devices = [trainer.strategy.root_device.index] if trainer.strategy.root_device.type == "cuda" else []
+    with kept(devices):
         batch = trainer.precision_plugin.convert_input(next(iter(loader)))
         batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
@@ -154,3 +151,60 @@ def first_input(trainer: Trainer, module: torch.nn.Module) -> Any:
         finally:
             del module.__dict__["forward"]
     return captured[0]
+
+
+def use_samplers_as_they_are(trainer: Trainer) -> Callable[[], None]:
+    """Let Lightning leave the samplers alone, in loaders that are made early too; return what undoes it.
+
+    There is one replica, whose order the strategy shares itself, and the sampler that Lightning injects would shuffle
+    training data even where the user has not asked for it.
+    """
+    connector = trainer._accelerator_connector
+    before = connector.use_distributed_sampler
+    connector.use_distributed_sampler = False
+    return partial(setattr, connector, "use_distributed_sampler", before)
+
+
+def before_loading(trainer: Trainer, call: Callable[[], None]) -> Callable[[], None]:
+    """Call ``call`` whenever a loop is about to make its loaders or begin anew with them; return what undoes it."""
+    fit = trainer.fit_loop
+    places: list[tuple[Any, str]] = [(fit, "setup_data"), (fit.epoch_loop, "on_run_start")]
+    loops = (fit.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
+    return _call_first([*places, *((loop, "setup_data") for loop in loops)], call)
+
+
+def before_fetching(trainer: Trainer, call: Callable[[], None]) -> Callable[[], None]:
+    """Call ``call`` whenever ``fit`` is about to take a batch from a loader; return what undoes it."""
+    loop = trainer.fit_loop.epoch_loop
+    return _call_first([(loop, "_on_before_fetch"), (loop.val_loop, "_on_before_fetch")], call)
+
+
+def _call_first(places: list[tuple[Any, str]], call: Callable[[], None]) -> Callable[[], None]:
+    def calling(method: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            call()
+            return method(*args, **kwargs)
+
+        return called
+
+    for owner, name in places:
+        if not callable(getattr(owner, name, None)):
+            raise LightningChangedError(
+                f"{type(owner).__name__}.{name} is gone from this version of Lightning: install the version range that "
+                "lightning-stale asks for, or a newer lightning-stale"
+            )
+    for owner, name in places:
+        setattr(owner, name, calling(getattr(owner, name)))
+
+    def undo() -> None:
+        for owner, name in places:
+            owner.__dict__.pop(name, None)
+
+    return undo
+
+
+def seed_workers_alike(loader: DataLoader[Any]) -> None:
+    """Seed the workers of ``loader`` on every rank as Lightning seeds rank 0's (``seed_everything(workers=True)``)."""
+    seeds = int(os.environ.get("PL_SEED_WORKERS", 0)) and loader.worker_init_fn is None
+    if seeds or loader.worker_init_fn is pl_worker_init_function:  # which asks for the rank
+        loader.worker_init_fn = partial(pl_worker_init_function, rank=0)
