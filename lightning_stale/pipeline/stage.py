@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_stale.pipeline.buffers import Buffers
+from lightning_stale.pipeline.entry import Entry
 from lightning_stale.pipeline.randomness import RandomState, replay
 from lightning_stale.pipeline.strides import copied
 from lightning_stale.pipeline.values import map_tensors, put_together, take_apart
@@ -41,7 +42,7 @@ class _Pending:
     """A batch whose backward is still to come."""
 
     inputs: Features
-    leaves: list[Tensor]  # the tensors of the inputs, where the graph that backward goes through ends
+    entry: Entry  # the tensors of the inputs
     outputs: list[Tensor] | None = None  # those that require a gradient, with their graph; None: to be recomputed
     random_state: RandomState | None = None
     weights: ForwardWeights | None = None  # those of the forward, if others are in place when its graph goes backward
@@ -98,16 +99,16 @@ class Stage:
         """
         objects: list[Any] = []
         tree, given = take_apart(features, objects)
-        leaves = [tensor.detach().requires_grad_(tensor.requires_grad and not self.first) for tensor in given]
-        inputs = tuple(put_together(tree, leaves, objects))
+        entry = Entry(given, data=self.first)
+        inputs = tuple(put_together(tree, entry.tensors, objects))
         if self.staleness > 0 and self.recompute:
-            pending = _Pending(inputs, leaves, random_state=_random_state(inputs))
+            pending = _Pending(inputs, entry, random_state=_random_state(inputs))
             self._pending[batch] = pending
             with self._buffers.kept():
                 outputs = self._run(inputs)  # its graph shows what requires a gradient, and is dropped
         else:  # with staleness 0 the backward follows before anything changes
             outputs = self._run(inputs)
-            pending = self._pending[batch] = _Pending(inputs, leaves)
+            pending = self._pending[batch] = _Pending(inputs, entry)
             if self.staleness > 0:
                 pending.weights = ForwardWeights(self.block.module)
         if self.last:
@@ -151,7 +152,7 @@ class Stage:
 
     def finish(self, batch: int) -> Gradients:
         """Forget ``batch``, whose backward has run; return the gradients of its inputs."""
-        return [leaf.grad for leaf in self._pending.pop(batch).leaves if leaf.requires_grad]
+        return self._pending.pop(batch).entry.gradients()
 
     def _recomputed(self, pending: _Pending) -> list[Tensor]:
         assert pending.random_state is not None

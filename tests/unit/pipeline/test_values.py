@@ -352,6 +352,39 @@ def test_a_layer_that_is_dropped_in_the_first_stage_sends_on_data() -> None:
     torch.testing.assert_close(block.linear.weight.grad, 4 * weight.t().expand(4, 4))
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda x: torch.tanh(x.transpose(1, 2).contiguous()),
+        lambda x: x.mean(),
+        lambda x: (x.unsqueeze(1).contiguous(memory_format=torch.channels_last) * 2).exp(),
+    ],
+    ids=["transposed", "expanded", "channels_last"],
+)
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("m", [0, 1])
+def test_gradients_come_out_of_a_block_with_the_strides_that_they_have_in_it(
+    how: Callable[[Tensor], Tensor], recompute: bool, m: int
+) -> None:
+    x = some(2, 3, 8).requires_grad_()
+    inner, seen = x * 1, []
+    inner.register_hook(lambda gradient: seen.append(gradient))
+    y = how(inner)
+    gradient = torch.ones_like(y)
+    y.backward(gradient)
+
+    class Does(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return how(x)
+
+    stage = Stage(Block(Does()), m, recompute=recompute)
+    stage.forward(0, (x,))
+    (got,) = stage.backward(0, [gradient])
+    assert got is not None
+    assert torch.equal(got, seen[0])
+    assert got.stride() == seen[0].stride()
+
+
 # --- strides ----------------------------------------------------------------------------------------------------------
 
 KEPT: list[Any] = [

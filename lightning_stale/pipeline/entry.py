@@ -1,0 +1,50 @@
+"""Where the graph of a block begins: its inputs without what made them, and the gradients that come out there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Entry:
+    """Inputs of a block, each requiring a gradient if the given tensor does.
+
+    Gradients are taken as autograd passes them on: ``Tensor.grad`` would have the strides of its tensor, and the kernels
+    before the cut would round otherwise than without one.
+
+    Args:
+        given: what a stage before has made, or data.
+        data: none of them requires a gradient.
+    """
+
+    def __init__(self, given: Sequence[Tensor], data: bool) -> None:
+        self._gradients: dict[int, Tensor] = {}
+        self.tensors: list[Tensor] = []
+        """The inputs."""
+        self._places: list[int] = []
+        for place, tensor in enumerate(given):
+            inner = tensor.detach()
+            if tensor.requires_grad and not data:
+                inner = _Begin.apply(inner.requires_grad_(), self._gradients, place)  # type: ignore[no-untyped-call]
+                self._places.append(place)
+            self.tensors.append(inner)
+
+    def gradients(self) -> list[Tensor | None]:
+        """Return the gradient of each input that requires one, so far; ``None`` where nothing depends on it."""
+        return [self._gradients.get(place) for place in self._places]
+
+
+class _Begin(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, gradients: dict[int, Tensor], place: int) -> Tensor:
+        ctx.gradients, ctx.place = gradients, place
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: Any) -> Any:
+        gradient, before = incoming[0], ctx.gradients.get(ctx.place)
+        ctx.gradients[ctx.place] = gradient if before is None else before + gradient
+        return None, None, None
