@@ -244,6 +244,12 @@ def _recorded_event(device: torch.device) -> torch.cuda.Event | None:
 
 
 def _checked(expected: int, batch: int, value: Any) -> Any:
+    if batch != expected and min(batch, expected) < 0:  # below 0: no batch follows
+        counts = ["another one" if n >= 0 else f"{-1 - n} batches and no more" for n in (expected, batch)]
+        raise ChannelError(
+            f"the loaders of neighbouring stages end differently: {counts[0]} on this rank, {counts[1]} on the other "
+            "one. All stages together are one replica: yield the same batches on every rank"
+        )
     if batch != expected:
         raise ChannelError(f"a message of batch {batch} where that of batch {expected} was expected")
     return value

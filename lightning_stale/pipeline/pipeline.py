@@ -95,7 +95,25 @@ class Pipeline:
 
     def restart(self) -> None:
         """Count batches from 0 again: the pipeline fills anew."""
+        self._end(self._batch)
         self._batch = 0
+
+    def end_evaluation(self) -> None:
+        """See that all stages have evaluated as many batches."""
+        self._end(self._evaluated)
+
+    def _end(self, batches: int) -> None:
+        """Tell the neighbours that no batch follows here: one who waits for one, or sends one more, must not hang."""
+        end = -1 - batches
+        following, before = self._gradients[-1], self._gradients[0]
+        if following is not None:
+            following.receive(end)
+        if before is not None:
+            before.send(end, None)
+        if self._features_in is not None:
+            self._features_in.receive(end)
+        if self._features_out is not None:
+            self._features_out.send(end, None)
 
     def close(self) -> None:
         """End the threads of the channels."""
