@@ -105,15 +105,12 @@ class Pipeline:
     def _end(self, batches: int) -> None:
         """Tell the neighbours that no batch follows here: one who waits for one, or sends one more, must not hang."""
         end = -1 - batches
-        following, before = self._gradients[-1], self._gradients[0]
-        if following is not None:
-            following.receive(end)
-        if before is not None:
-            before.send(end, None)
-        if self._features_in is not None:
-            self._features_in.receive(end)
-        if self._features_out is not None:
-            self._features_out.send(end, None)
+        for sender in (self._features_out, self._gradients[0]):
+            if sender is not None:
+                sender.send(end, None)
+        for receiver in (self._features_in, self._gradients[-1]):
+            if receiver is not None:
+                receiver.receive(end)
 
     def close(self) -> None:
         """End the threads of the channels."""
