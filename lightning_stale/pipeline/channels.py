@@ -103,7 +103,7 @@ class SendChannel(Channel):
             self._unsent += 1
         self._outbox.put((batch, description, tensors, _recorded_event(self._device)))
         with self._changed:
-            while self._unsent > self._length and self._error is None:
+            while self._unsent > self._length and self._error is None and batch >= 0:  # below 0: no batch follows
                 if not self._changed.wait(_POLL_S):
                     self._check(False)
         if self._error is not None:
@@ -234,6 +234,12 @@ def _recorded_event(device: torch.device) -> torch.cuda.Event | None:
 
 
 def _checked(expected: int, batch: int, value: Any) -> Any:
+    if batch != expected and min(batch, expected) < 0:
+        counts = ["another one" if n >= 0 else f"{-1 - n} batches and no more" for n in (expected, batch)]
+        raise ChannelError(
+            f"the loaders of neighbouring stages end differently: {counts[0]} on this rank, {counts[1]} on the other "
+            "one. All stages together are one replica: yield the same batches on every rank"
+        )
     if batch != expected:
         raise ChannelError(f"a message of batch {batch} where that of batch {expected} was expected")
     return value

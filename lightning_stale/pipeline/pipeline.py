@@ -95,7 +95,22 @@ class Pipeline:
 
     def restart(self) -> None:
         """Count batches from 0 again: the pipeline fills anew."""
+        self._end(self._batch)
         self._batch = 0
+
+    def end_evaluation(self) -> None:
+        """See that all stages have evaluated as many batches."""
+        self._end(self._evaluated)
+
+    def _end(self, batches: int) -> None:
+        """Tell the neighbours that no batch follows here: one who waits for one, or sends one more, must not hang."""
+        end = -1 - batches
+        for sender in (self._features_out, self._gradients[0]):
+            if sender is not None:
+                sender.send(end, None)
+        for receiver in (self._features_in, self._gradients[-1]):
+            if receiver is not None:
+                receiver.receive(end)
 
     def close(self) -> None:
         """End the threads of the channels."""

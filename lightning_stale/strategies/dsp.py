@@ -176,7 +176,7 @@ class DSPStrategy(SingleReplicaStrategy):
         self._alike.agree()
         super().setup(trainer)
         self._cut(trainer)
-        callbacks, relay = internals.callbacks(trainer), MetricsRelay(self.meet)
+        callbacks, relay = internals.callbacks(trainer), MetricsRelay(self.meet, self._end_evaluation)
         callbacks.insert(int(fitting), relay)  # after MeetingPoints
         self._undo_setup.append(lambda: callbacks.remove(relay))
         if fitting:
@@ -419,6 +419,10 @@ class DSPStrategy(SingleReplicaStrategy):
             by_value = gradient_clip_algorithm == GradClipAlgorithmType.VALUE
             clip = torch.nn.utils.clip_grad_value_ if by_value else torch.nn.utils.clip_grad_norm_
             clip_per_block(optimizer, [block.module for block in self._blocks], lambda group: clip(group, clip_val))
+
+    def _end_evaluation(self) -> None:
+        assert self._pipeline is not None
+        self._pipeline.end_evaluation()
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 

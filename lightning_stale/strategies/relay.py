@@ -15,10 +15,11 @@ class MetricsRelay(Callback):
 
     Args:
         meet: drains the pipeline.
+        end_evaluation: called at the end of each validation, test or prediction.
     """
 
-    def __init__(self, meet: Callable[[str], None]) -> None:
-        self._meet = meet
+    def __init__(self, meet: Callable[[str], None], end_evaluation: Callable[[], None]) -> None:
+        self._meet, self._end_evaluation = meet, end_evaluation
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -29,13 +30,18 @@ class MetricsRelay(Callback):
             self._relay(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_evaluation()
         self._relay(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._relay(trainer)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_evaluation()
         self._relay(trainer)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_evaluation()
 
     def _relay(self, trainer: Trainer) -> None:
         metrics = {name: value.cpu() for name, value in trainer.callback_metrics.items()}
