@@ -1,8 +1,8 @@
 """The server process: ``python -m lightning_stale.parameter_server PARENT``, started by global rank 0, ended with it.
 
-Standard input first carries the job (:class:`~lightning_stale.parameter_server.process.Job`, pickled by rank 0), and
-then stays open as a lifeline: when it closes, rank 0 is gone. Standard output carries an empty line for each segment of
-shared memory that has been made, and then the port.
+Standard input first carries the job (:class:`~lightning_stale.parameter_server.process.Job`, pickled by rank 0), the
+weights and the state of the optimizers, and then stays open as a lifeline: when it closes, rank 0 is gone. Standard
+output carries an empty line for each segment of shared memory that has been made, and then the port.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import logging
 import pickle
 
 import torch
+from torch import Tensor
 
-from lightning_stale.parameter_server.layout import Layout
 from lightning_stale.parameter_server.pickling import compute_on_cpu, load_optimizers
 from lightning_stale.parameter_server.process import Job
 from lightning_stale.parameter_server.server import ParameterServer
@@ -43,12 +43,16 @@ def main() -> None:
     except EOFError:  # rank 0 has changed its mind, or failed
         return
     torch.set_num_threads(job.threads)
-    layout = Layout.of(job.parameters)
-    store = ParameterStore(torch.zeros(layout.nbytes, dtype=torch.uint8), layout)
-    with torch.no_grad():
-        for parameter, value in zip(store.parameters, job.parameters, strict=True):
-            parameter.copy_(value)
-    optimizers = load_optimizers(job.optimizers, store.parameters)
+    layout = job.layout
+    weights = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    for slot in layout.slots:
+        _read_into(weights[slot.offset : slot.offset + slot.nbytes])
+    store = ParameterStore(weights, layout)
+    buffers = [torch.empty(nbytes, dtype=torch.uint8) for nbytes in job.buffers]
+    for buffer in buffers:
+        _read_into(buffer)
+    optimizers = load_optimizers(job.optimizers, store.parameters, buffers)
+    del buffers
     compute_on_cpu(optimizers)
     store.set_optimizers(optimizers)
     socket = ServerSocket(job.host, job.server_keys, job.worker_key)
@@ -63,6 +67,15 @@ def main() -> None:
         server.run(lifeline=sys.stdin.fileno(), orphaned=lambda: os.getppid() != _PARENT)
     finally:
         socket.close()
+
+
+def _read_into(buffer: Tensor) -> None:
+    memory = memoryview(buffer.numpy())  # type: ignore[arg-type]
+    while len(memory) > 0:
+        count = sys.stdin.buffer.readinto(memory)  # type: ignore[union-attr]
+        if not count:
+            raise EOFError("rank 0 has ended amid the weights")
+        memory = memory[count:]
 
 
 def _warm_up() -> None:

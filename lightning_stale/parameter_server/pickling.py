@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import cloudpickle
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -23,10 +24,17 @@ class OptimizerPicklingError(TypeError):
     """An optimizer that cannot be sent to the parameter server."""
 
 
-def dump_optimizers(optimizers: Sequence[Optimizer], parameters: Sequence[Tensor]) -> bytes:
+def dump_optimizers(
+    optimizers: Sequence[Optimizer], parameters: Sequence[Tensor], buffers: list[Tensor] | None = None
+) -> bytes:
     """Return ``optimizers`` with their state as bytes; ``parameters`` are sent as their place in that list.
 
     Classes that are defined in the user's script travel by value (cloudpickle).
+
+    Args:
+        optimizers: the user's.
+        parameters: of the model.
+        buffers: gets the memory of the tensors in their state, to be sent beside the bytes, in which it is otherwise.
 
     Raises:
         OptimizerPicklingError: names the optimizer that cannot be sent, and why.
@@ -35,7 +43,7 @@ def dump_optimizers(optimizers: Sequence[Optimizer], parameters: Sequence[Tensor
     for optimizer in optimizers:
         buffer = io.BytesIO()
         try:
-            _Pickler(buffer, parameters).dump(optimizer)
+            _Pickler(buffer, parameters, buffers).dump(optimizer)
         except Exception as error:
             raise OptimizerPicklingError(
                 f"the optimizer {type(optimizer).__qualname__} cannot be sent to the parameter server: {error}. "
@@ -45,19 +53,48 @@ def dump_optimizers(optimizers: Sequence[Optimizer], parameters: Sequence[Tensor
     return pickle.dumps(parts)
 
 
-def load_optimizers(data: bytes, parameters: Sequence[Tensor]) -> list[Optimizer]:
-    """The inverse of :func:`dump_optimizers`, over other ``parameters`` of the same shapes."""
+def load_optimizers(data: bytes, parameters: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> list[Optimizer]:
+    """The inverse of :func:`dump_optimizers`, over other ``parameters`` of the same shapes.
+
+    The tensors of their state stay in ``buffers``.
+    """
     parts: list[bytes] = pickle.loads(data)
-    return [_Unpickler(io.BytesIO(part), parameters).load() for part in parts]
+    return [_Unpickler(io.BytesIO(part), parameters, buffers).load() for part in parts]
+
+
+def memory_of(tensor: Tensor) -> Tensor:
+    """Return the bytes of ``tensor`` in the order of its strides: its own memory, if it is dense and on the CPU."""
+    tensor = tensor.detach().cpu()
+    if tensor.stride() != _dense_strides(tensor):
+        tensor = torch.empty_strided(tensor.shape, _dense_strides(tensor), dtype=tensor.dtype).copy_(tensor)
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
+def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
+    return torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format).stride()
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    def __init__(self, file: io.BytesIO, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, file: io.BytesIO, parameters: Sequence[Tensor], buffers: list[Tensor] | None) -> None:
         super().__init__(file)
         self._places = {id(parameter): place for place, parameter in enumerate(parameters)}
+        self._buffers = buffers
+        self._beside: dict[int, tuple[Any, ...]] = {}  # by id: what has gone into the buffers
 
-    def persistent_id(self, obj: Any) -> int | None:
-        return self._places.get(id(obj)) if isinstance(obj, Tensor) else None
+    def persistent_id(self, obj: Any) -> int | tuple[Any, ...] | None:
+        if not isinstance(obj, Tensor):
+            return None
+        if id(obj) in self._places:
+            return self._places[id(obj)]
+        if self._buffers is None or type(obj) is not Tensor or obj.layout != torch.strided or obj.requires_grad:
+            return None
+        if obj.numel() == 0:
+            return None
+        if id(obj) not in self._beside:
+            dtype = str(obj.dtype).removeprefix("torch.")
+            self._beside[id(obj)] = (len(self._buffers), dtype, tuple(obj.shape), _dense_strides(obj))
+            self._buffers.append(memory_of(obj))
+        return self._beside[id(obj)]
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, Optimizer):
@@ -70,12 +107,19 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, file: io.BytesIO, parameters: Sequence[Tensor], buffers: Sequence[Tensor]) -> None:
         super().__init__(file)
         self._parameters = parameters
+        self._buffers = buffers
+        self._beside: dict[int, Tensor] = {}
 
-    def persistent_load(self, place: int) -> Tensor:
-        return self._parameters[place]
+    def persistent_load(self, place: int | tuple[Any, ...]) -> Tensor:
+        if isinstance(place, int):
+            return self._parameters[place]
+        index, dtype, shape, strides = place
+        if index not in self._beside:
+            self._beside[index] = self._buffers[index].view(getattr(torch, dtype)).as_strided(shape, strides)
+        return self._beside[index]
 
 
 def _new(cls: type[Optimizer]) -> Optimizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import select
@@ -19,7 +20,8 @@ from torch.optim import Optimizer
 
 from lightning_stale.paradigms import Paradigm
 from lightning_stale.parameter_server.credentials import Credentials
-from lightning_stale.parameter_server.pickling import dump_optimizers
+from lightning_stale.parameter_server.layout import Layout
+from lightning_stale.parameter_server.pickling import dump_optimizers, memory_of
 from lightning_stale.parameter_server.socket import KeyPair
 
 START_TIMEOUT_S = 120.0
@@ -36,8 +38,9 @@ class ServerStartError(RuntimeError):
 class Job:
     """All that the server process needs to know."""
 
-    parameters: list[Tensor]
+    layout: Layout
     optimizers: bytes
+    buffers: list[int]  # bytes of each of those that follow the weights, which follow the job
     paradigm: Paradigm
     world_size: int
     host: str
@@ -90,9 +93,12 @@ class ServerProcess:
             OptimizerPicklingError: if an optimizer cannot be sent.
             ServerStartError: if the process does not come up.
         """
+        buffers: list[Tensor] = []
+        dumped = dump_optimizers(optimizers, parameters, buffers)
         job = Job(
-            parameters=[parameter.detach().cpu() for parameter in parameters],
-            optimizers=dump_optimizers(optimizers, parameters),
+            layout=Layout.of(parameters),
+            optimizers=dumped,
+            buffers=[buffer.numel() for buffer in buffers],
             paradigm=paradigm,
             world_size=world_size,
             host=host,
@@ -105,6 +111,8 @@ class ServerProcess:
         )
         try:
             self._stdin.write(cloudpickle.dumps(job, protocol=pickle.HIGHEST_PROTOCOL))
+            for memory in itertools.chain(map(memory_of, parameters), buffers):
+                self._stdin.write(memoryview(memory.numpy()))  # type: ignore[arg-type]
             self._stdin.flush()
             port = self._read_port()
             self._serving = True

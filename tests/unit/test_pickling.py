@@ -272,6 +272,32 @@ def test_a_failing_reduction_is_named_too() -> None:
         dump_optimizers([optimizer], parameters)
 
 
+def test_the_memory_of_the_state_travels_beside_the_bytes_and_is_not_copied() -> None:
+    parameters = make_parameters([(100, 50), (8, 3, 4, 4)])
+    parameters[1].data = parameters[1].data.to(memory_format=torch.channels_last)
+    optimizers = [torch.optim.Adam(parameters[:1]), Averaging(parameters[1:], lr=0.1)]
+    take_steps(optimizers, parameters, seed=0)
+    optimizers[1].again = optimizers[1].mean  # type: ignore[attr-defined]
+    optimizers[1].every_second = torch.arange(10.0)[::2]  # type: ignore[attr-defined]
+    buffers: list[Tensor] = []
+    data = dump_optimizers(optimizers, parameters, buffers)
+    assert len(data) < 10_000
+    pointers = {buffer.data_ptr() for buffer in buffers}
+    state = [value for optimizer in optimizers for entry in optimizer.state.values() for value in entry.values()]
+    tensors = [value for value in state if isinstance(value, Tensor)]
+    assert len(tensors) == 4
+    assert all(tensor.data_ptr() in pointers for tensor in tensors)
+    there = [torch.nn.Parameter(parameter.detach().clone()) for parameter in parameters]
+    first, second = load_optimizers(data, there, [buffer.clone() for buffer in buffers])
+    assert second.again is second.mean  # type: ignore[attr-defined]
+    assert second.every_second.tolist() == [0.0, 2.0, 4.0, 6.0, 8.0]  # type: ignore[attr-defined]
+    take_steps(optimizers, parameters, seed=2)
+    take_steps([first, second], there, seed=2)
+    for here, remote in zip(parameters, there, strict=True):
+        assert torch.equal(here, remote)
+        assert here.stride() == remote.stride()
+
+
 def test_capturable_is_switched_off() -> None:
     first, second = torch.optim.Adam(make_parameters()), torch.optim.SGD(make_parameters(), lr=0.1)
     first.param_groups[0]["capturable"] = True
