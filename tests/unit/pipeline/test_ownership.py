@@ -138,14 +138,14 @@ def test_a_checkpoint_of_all_ranks_is_that_of_the_whole_and_loads_into_other_cut
 def test_put_together_again_it_trains_on_as_before() -> None:
     whole, optimizer = trained("Adam")
     ranks = ranks_of(whole, optimizer.state_dict(), "Adam", [1, 3])
-    values, states = merged(ranks), copy.deepcopy([rank.share.state() for rank in ranks])
-    values = {name: value.detach().clone() for name, value in values.items()}
+    values = {name: value.detach().clone() for name, value in merged(ranks).items()}
+    states = copy.deepcopy([rank.share.state() for rank in ranks])
     x = torch.randn(6, 3)
     optimizer.zero_grad()
     whole(x).square().sum().backward()
     optimizer.step()
     for rank in ranks:
-        rank.divided.join(values)
+        rank.divided.join(copy.deepcopy(values))
         rank.share.join(rank.model, copy.deepcopy(states))
         rank.optimizer.zero_grad()
         rank.model(x).square().sum().backward()
