@@ -232,6 +232,11 @@ class DSPStrategy(WholeModelStrategy):
         ]
         return own, constant_names(module, modules)
 
+    def _gather_ranks(self) -> None:
+        if self._pipeline is not None:
+            self._pipeline.widen()
+        super()._gather_ranks()
+
     def _is_cut(self) -> bool:
         return self._pipeline is not None
 
