@@ -7,20 +7,16 @@ import json
 import sys
 from pathlib import Path
 
+import hydra
 import pytest
 import torch
 
 from tests.integration.harness import run_script
 from tests.integration.hydra_template.digits import DigitsModule
+from tests.integration.hydra_template.train import train
 from tests.integration.models import assert_same, weights
 
 STRATEGIES = ["bsp", "asp", "ssp", "dssp", "hpsgd", "dsp"]
-
-
-def run_template(folder: Path, *overrides: str) -> None:
-    command = ["/bin/sh", "-c", f'exec {sys.executable} -m tests.integration.hydra_template.train "$@"']
-    ended = run_script("", folder, *overrides, command=command, timeout=180.0, env={"COLUMNS": "80"})
-    assert ended.returncode == 0, ended.output
 
 
 def check_job(folder: Path) -> None:
@@ -44,8 +40,11 @@ def check_job(folder: Path) -> None:
 
 
 def test_every_strategy_runs_it_and_writes_whole_checkpoints(tmp_path: Path) -> None:
-    jobs = [f"+trainer/strategy={','.join(STRATEGIES)}", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
-    run_template(tmp_path, "-m", *jobs, "hydra.sweep.subdir=${hydra:job.num}")
+    command = ["/bin/sh", "-c", f'exec {sys.executable} -m tests.integration.hydra_template.train "$@"']
+    jobs = ["-m", f"+trainer/strategy={','.join(STRATEGIES)}", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    jobs.append("hydra.sweep.subdir=${hydra:job.num}")
+    ended = run_script("", tmp_path, *jobs, command=command, timeout=180.0, env={"COLUMNS": "80"})
+    assert ended.returncode == 0, ended.output
     for number, strategy in enumerate(STRATEGIES):
         config = (tmp_path / "sweep" / str(number) / ".hydra" / "config.yaml").read_text()
         assert (f"_target_: lightning_stale.{'DSP' if strategy == 'dsp' else ''}") in config
@@ -54,10 +53,24 @@ def test_every_strategy_runs_it_and_writes_whole_checkpoints(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_virtual_stages_do_too(compiled: bool, tmp_path: Path) -> None:
-    jobs = ["trainer=default", "+trainer/strategy=dsp", "+trainer.strategy.stages=3", f"hydra.run.dir={tmp_path}"]
-    run_template(tmp_path, *jobs, f"model.compile={str(compiled).lower()}")
+    overrides = ["trainer=default", "+trainer/strategy=dsp", "+trainer.strategy.stages=3"]
+    overrides += [f"paths.output_dir={tmp_path}", f"model.compile={str(compiled).lower()}"]
+    with hydra.initialize_config_module("tests.integration.hydra_template.configs", version_base="1.3"):
+        config = hydra.compose("train", overrides)
+    train(config)
     if not compiled:
         check_job(tmp_path)
         return
     saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=False)["state_dict"]
     assert all(name.startswith("net._orig_mod.model.") for name in saved), "as a plain Trainer names them"
+    config.trainer.max_epochs = 3
+    model = hydra.utils.instantiate(config.model)
+    trainer = hydra.utils.instantiate(config.trainer, callbacks=[], logger=False, enable_checkpointing=False)
+    trainer.fit(
+        model,
+        datamodule=hydra.utils.instantiate(config.data),
+        ckpt_path=tmp_path / "checkpoints" / "last.ckpt",
+        weights_only=False,
+    )
+    assert trainer.current_epoch == 3
+    assert list(model.state_dict()) == list(saved)

@@ -141,7 +141,7 @@ def test_over_processes_as_on_virtual_stages(tmp_path: Path) -> None:
     assert held[0] | held[1] == {name for name, _ in Model().named_parameters()}
     assert [rank[0][0][3] for rank in ranks] == [len(names) for names in held]
 
-    alone = average(0, 1, "auto", str(tmp_path / "alone"))
+    (alone,) = run_workers(average, 1, tmp_path / "alone", 1, "auto", str(tmp_path / "alone"))  # one thread, as they
     for (mine, resumed), (theirs, theirs_resumed) in zip(alone, ranks[0][1], strict=True):
         assert_equal(theirs, mine)
         assert_equal(theirs_resumed, resumed)
