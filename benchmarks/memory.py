@@ -10,6 +10,7 @@ the process has allocated (Linux's RssAnon, looked at every millisecond), above 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import re
@@ -117,6 +118,7 @@ def run(ranks: int, width: int, layers: int, folder: str) -> dict[str, float]:
     trainer.fit(model, data)
     peaks.note("end of fit")
     del model, trainer
+    gc.collect()
     trainer = L.Trainer(**options, max_epochs=2, callbacks=[peaks], strategy=DSPStrategy(**strategy))
     trainer.fit(Model(width, layers), data, ckpt_path=path)
     return peaks.peaks

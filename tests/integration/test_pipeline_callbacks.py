@@ -123,16 +123,17 @@ def average(rank: int, world_size: int, strategy: Any, folder: str) -> list[Any]
 
 
 def both(rank: int, world_size: int, folder: str) -> Any:
-    """All that needs two processes, in two processes."""
-    strategy = DSPStrategy(split=[4], staleness=(3, 0))
-    found = find(rank, world_size, [strategy], folder)
+    """What is compared between two processes and one: virtual stages, and the plain Trainer."""
+    found = find(rank, world_size, [DSPStrategy(stages=2, split=[4], staleness=(3, 0))], folder)
     check_found(found, rank)
-    return found, average(rank, world_size, DSPStrategy(split=[4], staleness="bp"), folder)
+    return found, average(
+        rank, world_size, "auto" if world_size == 1 else DSPStrategy(split=[4], staleness="bp"), folder
+    )
 
 
 def test_over_processes_as_on_virtual_stages(tmp_path: Path) -> None:
     ranks = run_workers(both, 2, tmp_path / "ranks", 2, str(tmp_path / "ranks"), timeout=180.0)
-    virtual = find(0, 1, [DSPStrategy(stages=2, split=[4], staleness=(3, 0))], str(tmp_path))
+    ((virtual, alone),) = run_workers(both, 1, tmp_path / "alone", 1, str(tmp_path / "alone"), timeout=180.0)
     for mine, theirs in zip(virtual[0][:2], ranks[0][0][0][:2], strict=True):
         assert_equal(theirs, mine)
     assert virtual[0][4] == ranks[0][0][0][4] == ranks[1][0][0][4], "the same suggestion"
@@ -141,7 +142,6 @@ def test_over_processes_as_on_virtual_stages(tmp_path: Path) -> None:
     assert held[0] | held[1] == {name for name, _ in Model().named_parameters()}
     assert [rank[0][0][3] for rank in ranks] == [len(names) for names in held]
 
-    (alone,) = run_workers(average, 1, tmp_path / "alone", 1, "auto", str(tmp_path / "alone"))  # one thread, as they
     for (mine, resumed), (theirs, theirs_resumed) in zip(alone, ranks[0][1], strict=True):
         assert_equal(theirs, mine)
         assert_equal(theirs_resumed, resumed)
