@@ -53,7 +53,7 @@ class WholeModelStrategy(SingleReplicaStrategy):
             )
         self.gather = gather
         self._part: Part | None = None
-        self._mapped: set[str] = set()  # tensors that lie in the file of a checkpoint
+        self._mapped: set[int] = set()  # ids of the tensors that lie in the file of a checkpoint
         self._user_names: dict[str, str] = {}  # of what the state_dict() of the cut model calls otherwise
         self._values: Mapping[str, Tensor] | None = None  # of the checkpoint that is being made, on rank 0
 
@@ -95,7 +95,7 @@ class WholeModelStrategy(SingleReplicaStrategy):
                 self._initialize(module)
             except Exception as error:
                 problem = error
-        text = self.broadcast(str(problem) if problem else "")
+        text = self.broadcast(f"rank 0: {problem!r}" if problem else "")
         if problem is not None:
             raise problem
         if text:
@@ -114,8 +114,8 @@ class WholeModelStrategy(SingleReplicaStrategy):
 
     def _leave_file(self, module: nn.Module, kept: set[str] | None) -> None:
         """Copy what lies in the file of a checkpoint, which may go or change, and is needed longer."""
-        for name, tensor in tensors_of(module, kept).items():
-            if name in self._mapped:
+        for tensor in tensors_of(module, kept).values():
+            if id(tensor) in self._mapped:
                 tensor.data = tensor.data.clone()
         self._mapped = set()
 
@@ -196,16 +196,17 @@ class WholeModelStrategy(SingleReplicaStrategy):
         with _elsewhere():
             super().load_model_state_dict(checkpoint, strict)
         if self.is_global_zero:
-            self._mapped = assign(module, checkpoint["state_dict"])
+            taken = assign(module, checkpoint["state_dict"])
+            self._mapped = {id(tensor) for tensor in tensors_of(module, taken).values()}
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the whole model's weights on rank 0; elsewhere, what other ranks have is on the meta device."""
+        if self._part is not None and self._require_trainer().interrupted:
+            raise RuntimeError("the run has failed, and a checkpoint needs every stage: resume from the last one")
         self.meet("a checkpoint")
         if self._part is None:
             state = super().lightning_module_state_dict()
         else:
-            if self._require_trainer().interrupted:
-                raise RuntimeError("the run has failed, and a checkpoint needs every stage: resume from the last one")
             self._values = self._part.values()
             state = tree_map(_on_cpu, dict(self._part.state_dict(self._values)))
         return {self._user_names.get(name, name): value for name, value in state.items()}
