@@ -21,6 +21,7 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/workers.py
 	$(BIN)/python benchmarks/pipeline.py
 	$(BIN)/python benchmarks/overlap.py
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/accuracy.py
 
 .venv/.installed: pyproject.toml constraints.txt

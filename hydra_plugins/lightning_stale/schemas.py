@@ -119,6 +119,7 @@ class DSPStrategy(StaleStrategy):
     recompute: bool = True
     module: str | None = None
     split: Any = "params"  # a name, or a list
+    gather: str = "rank0"
 
 
 @dataclass

@@ -50,6 +50,9 @@ class Channel(ABC):
     def close(self) -> None:
         """Send and receive no more."""
 
+    def widen(self, length: int) -> None:  # noqa: B027
+        """Let so many more messages wait to be received."""
+
     def join(self, timeout: float) -> None:  # noqa: B027
         """Wait, after :meth:`close`, until nothing of it runs any more, at most ``timeout`` seconds."""
 
@@ -177,6 +180,10 @@ class ReceiveChannel(Channel):
                     raise ChannelError(f"rank {self._peer} has ended: {self._error}") from self._error
                 continue
             return _checked(batch, got, value)
+
+    def widen(self, length: int) -> None:
+        if length > 0:
+            self._room.release(length)
 
     def close(self) -> None:
         self._room.release()

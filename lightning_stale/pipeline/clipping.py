@@ -11,11 +11,16 @@ from torch.optim import Optimizer
 def clip_per_block(
     optimizer: Optimizer, blocks: Sequence[nn.Module], clip: Callable[[Sequence[Tensor]], object]
 ) -> None:
-    """Call ``clip`` with the parameters of each block; what lies outside of all blocks belongs to the last."""
+    """Call ``clip`` with the parameters of each block; what lies outside of all blocks belongs to the last.
+
+    Those without a gradient are left out, as all of a block are while the pipeline fills: torch's
+    ``clip_grad_value_`` fails on none.
+    """
     block_of = {id(p): k for k, block in enumerate(blocks) for p in block.parameters()}
     groups: dict[int, list[Tensor]] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            groups.setdefault(block_of.get(id(parameter), len(blocks) - 1), []).append(parameter)
+            if parameter.grad is not None:
+                groups.setdefault(block_of.get(id(parameter), len(blocks) - 1), []).append(parameter)
     for parameters in groups.values():
         clip(parameters)

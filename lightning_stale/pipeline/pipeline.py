@@ -50,6 +50,7 @@ class Pipeline:
         ]
         self._batch = 0  # n: counted from the last drain
         self._evaluated = 0
+        self._widened = False
         self.busy_s = 0.0
         """Seconds that the stages of this process have computed."""
 
@@ -111,6 +112,16 @@ class Pipeline:
         for receiver in (self._features_in, self._gradients[-1]):
             if receiver is not None:
                 receiver.receive(end)
+
+    def widen(self) -> None:
+        """Take in all gradients of the batches under way: this stage is about to wait for the others at some batch.
+
+        As far as the queues are concerned, the next stage may be behind this one at any time.
+        """
+        if self.behind and not self._widened:
+            self._widened = True
+            if self._gradients[-1] is not None:
+                self._gradients[-1].widen(self.stages[-1].staleness)
 
     def close(self) -> None:
         """End the threads of the channels."""

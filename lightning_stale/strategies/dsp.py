@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch import Tensor, nn
@@ -22,24 +20,24 @@ from torchmetrics import Metric
 
 from lightning_stale.pipeline.clipping import clip_per_block
 from lightning_stale.pipeline.links import link_stages, stage_mesh
-from lightning_stale.pipeline.ownership import constant_names, materialize, own_names, put_back
-from lightning_stale.pipeline.part import Part
+from lightning_stale.pipeline.ownership import constant_names, own_names, tensors_named
 from lightning_stale.pipeline.partition import count_parameters
 from lightning_stale.pipeline.pipeline import Pipeline
 from lightning_stale.pipeline.stage import Block, Stage, check_disjoint, tensors
 from lightning_stale.pipeline.staleness import Staleness
+from lightning_stale.pipeline.stand_in import StandIn
 from lightning_stale.strategies import internals
 from lightning_stale.strategies.alike import Alike
 from lightning_stale.strategies.cut import Split, cut_model, outside, positional
 from lightning_stale.strategies.relay import MetricsRelay
-from lightning_stale.strategies.replica import SingleReplicaStrategy
+from lightning_stale.strategies.whole_model import Whole, WholeModelStrategy
 
 
 class _StageDoneError(Exception):
     """Ends a step on a rank without the last stage: what comes after the body is another rank's."""
 
 
-class DSPStrategy(SingleReplicaStrategy):
+class DSPStrategy(WholeModelStrategy):
     """Cuts the layers into a pipeline of blocks, each updated at once, from diversely stale features and gradients.
 
     In each iteration stage ``k`` runs the forward of batch ``n`` and the backward of batch ``n - m_k``, and takes a
@@ -55,6 +53,8 @@ class DSPStrategy(SingleReplicaStrategy):
         module: the name of the module to cut; by default the ``nn.Sequential`` with most parameters.
         split: ``"params"`` or ``"time"`` (balanced), integers (where each further block starts among the children of
             the sequential body), or names of submodules that start a block (any model that ``torch.fx`` can trace).
+        gather: where the model and its optimizer are whole after a run: on ``"rank0"``, while the other ranks keep
+            their part, or on ``"all"`` ranks.
         **kwargs: those of :class:`~lightning_stale.strategies.base.StaleStrategy`.
 
     Raises:
@@ -79,9 +79,10 @@ class DSPStrategy(SingleReplicaStrategy):
         recompute: bool = True,
         module: str | None = None,
         split: Split = "params",
+        gather: Whole = "rank0",
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(gather=gather, **kwargs)
         if stages is None and not isinstance(staleness, str):
             stages = len(staleness)
         if stages is not None and (isinstance(stages, bool) or not isinstance(stages, int) or stages < 1):
@@ -95,9 +96,9 @@ class DSPStrategy(SingleReplicaStrategy):
         self.stages, self.staleness, self.queues, self.recompute = stages, staleness, queues, recompute
         self.module, self.split = module, split
         self._pipeline: Pipeline | None = None
+        self._owner: nn.Module | None = None
         self._blocks: list[Block] = []
-        self._part: Part | None = None
-        self._count, self._mine, self._built_on_meta = 0, range(0), False
+        self._count, self._mine = 0, range(0)
         self._mesh: DeviceMesh | None = None
         self._alike: Alike | None = None
         self._path: tuple[int, ...] = ()  # what tells the present step from all others
@@ -107,33 +108,6 @@ class DSPStrategy(SingleReplicaStrategy):
         self._summary: dict[str, Any] = {"staleness": (), "stages": []}
 
     # --- set-up -----------------------------------------------------------------------------------------------------
-
-    @property
-    def restore_checkpoint_after_setup(self) -> bool:
-        """Whether the model was built on the meta device: then it has no memory for a checkpoint before."""
-        if self._pipeline is None and self.lightning_module is not None:
-            self._built_on_meta = any(tensor.is_meta for tensor in self.lightning_module.parameters())
-        return self._built_on_meta
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        with warnings.catch_warnings():  # what stays on the meta device is another rank's
-            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter.*")
-            super().load_model_state_dict(checkpoint, strict)
-
-    def model_to_device(self) -> None:
-        """Move the model; of one that was built on the meta device, only the own blocks get memory."""
-        module = self.lightning_module
-        assert module is not None
-        if not self.restore_checkpoint_after_setup:
-            super().model_to_device()
-            return
-        if self.split == "time":
-            raise MisconfigurationException(
-                "split='time' cannot measure a model on the meta device: write split='params', or where blocks start"
-            )
-        _, self._blocks = cut_model(module.trainer, self._count, self.module, self.split, self._undo_setup)
-        materialize(module, self._own_names(), self.root_device)
-        self._undo_setup.append(internals.skip_broadcast(module))
 
     def setup_environment(self) -> None:
         """Join the other ranks; loaders may be made at any time from now on."""
@@ -164,6 +138,7 @@ class DSPStrategy(SingleReplicaStrategy):
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
             self._check(trainer)
+            self._check_callbacks(trainer)
         stages = self.stages or self.world_size
         if stages % self.world_size:
             raise MisconfigurationException(
@@ -212,7 +187,7 @@ class DSPStrategy(SingleReplicaStrategy):
         module = trainer.lightning_module
         stages, mine = self._count, self._mine
         staleness = Staleness.of(self.staleness, stages, self.queues)
-        owner, self._blocks = cut_model(trainer, stages, self.module, self.split, self._undo_setup)
+        owner = self._cut_once(trainer)
         check_disjoint(self._blocks, outside(module, owner))
         links: dict[str, Any] = {}
         if self.world_size > 1:
@@ -248,25 +223,51 @@ class DSPStrategy(SingleReplicaStrategy):
             ],
         }
         arguments = positional(owner)
-        owner.forward = lambda *args, **kwargs: self._forward(arguments(*args, **kwargs))
+        owner.forward = StandIn(owner, lambda *args, **kwargs: self._forward(arguments(*args, **kwargs)))
         self._undo_setup.append(lambda: owner.__dict__.pop("forward", None))
         if self.world_size > 1:
-            readable = constant_names(module, [block.module for block in self._blocks])
             trained = self.optimizers if trainer.state.fn == TrainerFn.FITTING else []  # or left from the last fit
-            self._part = Part(module, self._own_names(), readable, trained, self._gather_everywhere)
+            self._divide(trainer, trained)
             self._blocks = [block if k in mine else Block(nn.Module()) for k, block in enumerate(self._blocks)]
             self._separate_metrics(module)
             self._share_results(trainer)
 
-    def _own_names(self) -> set[str]:
-        assert self.lightning_module is not None
+    def _cut_once(self, trainer: Trainer) -> nn.Module:
+        """Return the module that the blocks replace."""
+        if self._owner is None:
+            names = self._names_before()
+            self._owner, self._blocks = cut_model(trainer, self._count, self.module, self.split, self._undo_setup)
+            self._note_names(names)
+        return self._owner
+
+    def _own(self) -> tuple[list[set[str]], set[str]]:
+        trainer = self._require_trainer()
+        module = trainer.lightning_module
+        if self._owner is None and self.split == "time" and trainer.state.fn == TrainerFn.FITTING:
+            everything = tensors_named(module)  # it is measured whole, once there are optimizers
+            return [everything] * self.world_size, set()
+        self._cut_once(trainer)
         modules = [block.module for block in self._blocks]
-        return own_names(
-            self.lightning_module,
-            modules[self._mine.start : self._mine.stop],
-            modules,
-            with_rest=self._mine.stop == self._count,
-        )
+        per_rank = self._count // self.world_size
+        starts = range(self._count - per_rank, -1, -per_rank)  # the last stage is on rank 0
+        own = [
+            own_names(module, modules[start : start + per_rank], modules, with_rest=start + per_rank == self._count)
+            for start in starts
+        ]
+        return own, constant_names(module, modules)
+
+    def _gather_ranks(self) -> None:
+        if self._pipeline is not None:
+            self._pipeline.widen()
+        super()._gather_ranks()
+
+    def _is_cut(self) -> bool:
+        return self._pipeline is not None
+
+    def _forget_batches(self) -> None:
+        assert self._pipeline is not None
+        self._pipeline.restart()
+        self._since_step = 0
 
     def _share_results(self, trainer: Trainer) -> None:
         """Let ``trainer.validate()`` and ``test()`` return the metrics of rank 0 everywhere."""
@@ -278,12 +279,11 @@ class DSPStrategy(SingleReplicaStrategy):
 
     def _separate_metrics(self, module: LightningModule) -> None:
         """Let torchmetrics gather over the replicas, of which there is one, and not over the stages."""
-        assert self._mesh is not None
-        group = self._mesh.get_group("replica")
         for metric in module.modules():
             if isinstance(metric, Metric) and metric.process_group is None:
-                metric.process_group = group
-                self._undo_setup.append(partial(setattr, metric, "process_group", None))
+                available = metric.distributed_available_fn
+                metric.distributed_available_fn = bool  # says False, and unlike a process group can be pickled
+                self._undo_setup.append(partial(setattr, metric, "distributed_available_fn", available))
 
     # --- training ---------------------------------------------------------------------------------------------------
 
@@ -291,7 +291,8 @@ class DSPStrategy(SingleReplicaStrategy):
         assert self._pipeline is not None
         assert self._alike is not None
         assert self.lightning_module is not None
-        training = self._calls is not None and self.lightning_module.trainer.training
+        trainer = self.lightning_module.trainer
+        training = self._calls is not None and trainer.training
         if self.world_size > 1 and self._calls is None:
             raise MisconfigurationException(
                 "the body was called outside of a step, where the stages do not run one after the other: call it in "
@@ -304,7 +305,7 @@ class DSPStrategy(SingleReplicaStrategy):
             )
         if self._calls is not None:
             self._calls += 1
-        if training:
+        if training and not internals.skips_backward(trainer):
             if any(tensor.requires_grad for tensor in tensors(features)):
                 raise MisconfigurationException(
                     "what training_step computes before the module that was cut has parameters to train, which no "
@@ -441,50 +442,22 @@ class DSPStrategy(SingleReplicaStrategy):
             return super().predict_step(*args, **kwargs)
         return None
 
-    # --- checkpoints and the end ------------------------------------------------------------------------------------
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return the whole model's weights, after draining."""
-        assert self.lightning_module is not None
-        if self._part is None:
-            self.meet("a checkpoint")
-            return super().lightning_module_state_dict()
-        if self.lightning_module.trainer.interrupted:
-            raise RuntimeError("the run has failed, and a checkpoint needs every stage: resume from the last one")
-        self.meet("a checkpoint")
-        return self._part.state_dict()
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return the whole optimizer's state, in the user's parameter order."""
-        raw = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        state = None if self._part is None else self._part.optimizer_state(raw)
-        return super().optimizer_state(optimizer) if state is None else state
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load this rank's part of each optimizer's state."""
-        if self._part is None:
-            super().load_optimizer_state_dict(checkpoint)
-        else:
-            self._part.load_optimizers(checkpoint["optimizer_states"])
+    # --- the end ----------------------------------------------------------------------------------------------------
 
     def on_train_end(self) -> None:
-        """Put the model and its optimizers together again."""
+        """Drain, which after a trial run (LearningRateFinder) nobody else has done."""
         super().on_train_end()
+        self.meet("the end of fit")
         self._note_summary()
-        if self._part is not None:
-            self._part.join()
 
     def teardown(self) -> None:
-        """End the channels, and give back what has been replaced."""
+        """End the channels, put the model together again, and give back what has been replaced."""
         if self._pipeline is not None:
             self._pipeline.close()
             self._pipeline = None
+        self._join()
         self._end_health()
-        if self.lightning_module is not None and any(p.is_meta for p in self.lightning_module.parameters()):
-            fn = self.lightning_module._trainer and self.lightning_module.trainer.state
-            ended_well = fn and not self.lightning_module.trainer.interrupted  # validate, test or predict
-            put_back(self.lightning_module, self._part.values() if ended_well and self._part is not None else {})
-        self._part, self._blocks, self._mesh = None, [], None
+        self._owner, self._blocks, self._mesh = None, [], None
         super().teardown()
 
     def summary(self) -> dict[str, Any]:

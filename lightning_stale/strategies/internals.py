@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer, WeightAveraging
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from torch.distributed.distributed_c10d import Store, Work, _get_default_store
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from lightning_stale.launchers.internals import is_lost_connection as is_lost_connection
@@ -36,6 +37,27 @@ def skip_broadcast(module: torch.nn.Module) -> Callable[[], None]:
     names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
     module._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]
     return lambda: delattr(module, "_ddp_params_and_buffers_to_ignore")
+
+
+def note_device(module: LightningModule, device: torch.device) -> None:
+    """Let ``module.device`` say where its tensors are, which were moved one by one."""
+    module._device = device
+
+
+def averaged_models(trainer: Trainer) -> list[AveragedModel]:
+    """Return the averages of the model that Lightning's callbacks hold."""
+    found = [c._average_model for c in callbacks(trainer) if isinstance(c, WeightAveraging)]
+    return [average for average in found if average is not None]
+
+
+def has_compiled(module: torch.nn.Module) -> bool:
+    """Whether a part of ``module`` is wrapped by ``torch.compile``, which is in the names of its tensors."""
+    return any("_orig_mod" in child._modules for child in module.modules())
+
+
+def skips_backward(trainer: Trainer) -> bool:
+    """Whether this epoch of training runs forwards only, as the last of StochasticWeightAveraging."""
+    return trainer.fit_loop._skip_backward
 
 
 def rendezvous_store() -> Store:

@@ -130,6 +130,11 @@ class Meta(Model):
                 layers = [nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Tanh()) for _ in range(5)]
                 self.net = nn.Sequential(*layers, nn.Linear(6, 6))
 
+    def init_weights(self) -> None:
+        for module in self.net.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
 
@@ -146,7 +151,7 @@ class Looking(Callback):
 def fit(rank: int, world_size: int, kind: str, stages: int, folder: str, options: dict[str, Any]) -> dict[str, Any]:
     model = globals()[kind]()
     torch.manual_seed(9 if kind == "Meta" else 9 + rank)  # of its own, a rank would draw another order
-    strategy = DSPStrategy(stages=stages, staleness=(3, 1, 0), split=model.split)
+    strategy = DSPStrategy(stages=stages, staleness=(3, 1, 0), split=model.split, gather="all")
     looking = Looking()
     saving = ModelCheckpoint(folder, filename=f"{kind}-{world_size}", every_n_epochs=2)
     t = trainer(

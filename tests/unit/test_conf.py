@@ -89,7 +89,7 @@ def test_the_schemas_of_adaptations_are_their_targets() -> None:
 
 
 LOOSER = {"start_method", "transport", "mode", "timeout", "paradigm", "interval", "queues"}
-LOOSER |= {"staleness", "split", "milestones", "outer_optimizer"}
+LOOSER |= {"staleness", "split", "gather", "milestones", "outer_optimizer"}
 """What OmegaConf cannot say as the constructors do (a Literal, say), or is an object of its own."""
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
@@ -101,6 +102,36 @@ def test_current_hook() -> None:
     assert internals.current_hook(module) is None
     module._current_fx_name = "training_step"
     assert internals.current_hook(module) == "training_step"
+
+
+def test_note_device() -> None:
+    module = LightningModule()
+    internals.note_device(module, torch.device("meta"))
+    assert module.device == torch.device("meta")
+
+
+def test_averaged_models_are_those_of_the_callbacks(trainer: Trainer) -> None:
+    averaging, not_yet = EMAWeightAveraging(), WeightAveraging()
+    internals.callbacks(trainer).extend([averaging, not_yet])
+    assert internals.averaged_models(trainer) == []
+    averaging.setup(trainer, BoringModel(), "fit")
+    (average,) = internals.averaged_models(trainer)
+    assert isinstance(average.module, BoringModel)
+
+
+def test_a_compiled_module_is_known_by_its_names() -> None:
+    plain = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    compiled = torch.nn.Sequential(torch.compile(torch.nn.Linear(2, 2), backend="eager"))
+    assert not internals.has_compiled(plain)
+    assert internals.has_compiled(compiled)
+    assert "0._orig_mod.weight" in compiled.state_dict()
+
+
+def test_skips_backward(trainer: Trainer) -> None:
+    assert not internals.skips_backward(trainer)
+    trainer.fit_loop._skip_backward = True
+    assert internals.skips_backward(trainer)
+    assert trainer.fit_loop.epoch_loop.automatic_optimization._skip_backward, "which the loop asks"
 
 
 def test_ddp_has_what_the_strategy_overrides() -> None:

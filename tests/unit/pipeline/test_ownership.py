@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_stale.pipeline.meta import assign, initialize, on_meta
 from lightning_stale.pipeline.ownership import (
+    Divided,
     OptimizerShare,
-    complete_state_dict,
+    adopt,
     constant_names,
-    materialize,
     own_names,
-    own_values,
-    put_back,
-    release_others,
+    tensors_of,
+    without_meta,
 )
 from tests.integration.models import assert_same
 
@@ -66,9 +66,16 @@ class Rank:
         self.own = own_names(self.model, [block], [self.model.body], with_rest=bounds[1] == len(self.model.body))
         names = {id(p): n for n, p in self.model.named_parameters()}
         self.share = OptimizerShare(self.optimizer, names, self.own)
-        release_others(self.model, self.own)
+        self.divided = Divided(self.model, self.own)
         if state is not None:
             self.share.load(state)
+
+    def values(self) -> dict[str, Tensor]:
+        return tensors_of(self.model, self.own)
+
+
+def merged(ranks: list[Rank]) -> dict[str, Tensor]:
+    return {name: value for rank in ranks for name, value in rank.values().items()}
 
 
 def ranks_of(whole: Model, state: dict[str, Any] | None, name: str, cuts: list[int]) -> list[Rank]:
@@ -100,7 +107,7 @@ def test_only_what_is_owned_stays_in_memory() -> None:
         in_memory = {name for name, p in rank.model.named_parameters() if not p.is_meta}
         in_memory |= {name for name, b in rank.model.named_buffers() if not b.is_meta}
         assert in_memory == rank.own
-        assert set(own_values(rank.model, rank.own)) == rank.own
+        assert set(rank.values()) == rank.own
         stepped = [p for group in rank.optimizer.param_groups for p in group["params"]]
         assert not any(p.is_meta for p in stepped)
         assert len(stepped) == len([name for name, _ in rank.model.named_parameters() if name in rank.own])
@@ -114,11 +121,12 @@ def test_a_checkpoint_of_all_ranks_is_that_of_the_whole_and_loads_into_other_cut
     whole, optimizer = trained(name)
     before = ranks_of(whole, optimizer.state_dict(), name, cuts)
     for rank in before:
-        everyone = [own_values(other.model, other.own) for other in before]
-        assert_same(complete_state_dict(rank.model, everyone), dict(whole.state_dict()))
+        with rank.divided.whole(merged(before)):
+            state_dict = dict(rank.model.state_dict())
+        assert_same(state_dict, dict(whole.state_dict()))
         state = rank.share.complete([other.share.state() for other in before])
         assert_same_optimizer(state, optimizer.state_dict())
-        assert "scratch" not in complete_state_dict(rank.model, everyone), "not persistent"
+        assert {n for n, t in rank.model.named_parameters() if not t.is_meta} <= rank.own, "for a moment only"
     after = ranks_of(whole, state, name, [2])
     assert_same_optimizer(after[0].share.complete([r.share.state() for r in after]), optimizer.state_dict())
     if name == "Adam":
@@ -130,15 +138,15 @@ def test_a_checkpoint_of_all_ranks_is_that_of_the_whole_and_loads_into_other_cut
 def test_put_together_again_it_trains_on_as_before() -> None:
     whole, optimizer = trained("Adam")
     ranks = ranks_of(whole, optimizer.state_dict(), "Adam", [1, 3])
-    values = {name: value for rank in ranks for name, value in own_values(rank.model, rank.own).items()}
-    state = ranks[0].share.complete([rank.share.state() for rank in ranks])
+    values = {name: value.detach().clone() for name, value in merged(ranks).items()}
+    states = copy.deepcopy([rank.share.state() for rank in ranks])
     x = torch.randn(6, 3)
     optimizer.zero_grad()
     whole(x).square().sum().backward()
     optimizer.step()
     for rank in ranks:
-        put_back(rank.model, values)
-        rank.share.join(rank.model, copy.deepcopy(state))
+        rank.divided.join(copy.deepcopy(values))
+        rank.share.join(rank.model, copy.deepcopy(states))
         rank.optimizer.zero_grad()
         rank.model(x).square().sum().backward()
         rank.optimizer.step()
@@ -149,7 +157,7 @@ def test_put_together_again_it_trains_on_as_before() -> None:
 
 def test_what_is_lost_becomes_nan_and_not_noise() -> None:
     rank = ranks_of(Model(), None, "SGD", [2])[1]
-    put_back(rank.model, {})
+    rank.divided.join({})
     assert rank.model.body[0].weight.isnan().all()
     assert rank.model.body[1].num_batches_tracked == 0
     assert not rank.model.body[3].weight.isnan().any()
@@ -164,63 +172,105 @@ def test_a_parameter_shared_within_a_block_stays_shared() -> None:
         rank = copy.deepcopy(model)
         paths = {id(module): name for name, module in model.named_modules()}
         blocks = [rank.get_submodule(paths[id(module)]) for module in mine]
-        release_others(rank, own_names(rank, blocks, [rank.one, rank.two, rank.other], with_rest=False))
+        divided = Divided(rank, own_names(rank, blocks, [rank.one, rank.two, rank.other], with_rest=False))
         assert rank.one.weight is rank.two.weight
-        put_back(rank, expected)
+        divided.join(expected)
         assert rank.one.weight is rank.two.weight
         assert_same(dict(rank.state_dict()), expected)
 
 
-def on_meta() -> Model:
+def test_what_comes_back_are_the_objects_that_went() -> None:
+    """Who holds them, such as an ``nn.LSTM`` its weights, sees the values of then."""
+    model = nn.Sequential(nn.LSTM(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    before = [*model.parameters(), *model.buffers()]
+    x = torch.randn(5, 2, 3)
+    trained = {name: t.detach() + 1 for name, t in (*model.named_parameters(), *model.named_buffers())}
+    divided = Divided(model, {"2.weight", "2.bias"})
+    assert sum(t.numel() for t in before[:4]) == 0, "they hold no memory"
+    divided.join(trained)
+    with torch.no_grad():
+        model[2].weight.copy_(trained["2.weight"])
+    assert [id(t) for t in (*model.parameters(), *model.buffers())] == [id(t) for t in before]
+    again = nn.LSTM(3, 4)
+    again.load_state_dict({name.removeprefix("0."): t for name, t in trained.items() if name.startswith("0.")})
+    assert torch.equal(model[0](x)[0], again(x)[0])
+
+
+def test_an_optimizer_that_has_a_state_from_the_start_forgets_the_others() -> None:
+    rank = ranks_of(Model(), None, "Adagrad", [2])[0]
+    assert len(rank.optimizer.state) == len([n for n, _ in rank.model.named_parameters() if n in rank.own])
+    assert rank.share.state().keys() == set(rank.share._places)
+
+
+def test_a_model_can_be_moved_without_what_is_on_the_meta_device() -> None:
+    rank = ranks_of(Model(), None, "SGD", [2])[1]
+    parameters = [id(p) for p in rank.model.parameters()]
+    with pytest.raises(NotImplementedError, match="meta"):
+        rank.model.to("cpu", torch.float64).cpu()
+    with without_meta(rank.model):
+        rank.model.cpu()
+    assert [id(p) for p in rank.model.parameters()] == parameters
+
+
+def meta_model() -> Model:
     with torch.device("meta"):
-        model = Model()
-    model.step = torch.tensor(3)
-    model.scratch = torch.ones(2)
-    return model
+        return Model()
 
 
-def test_ranks_together_materialise_the_model_that_one_process_makes() -> None:
-    whole = on_meta()
-    torch.manual_seed(4)
-    materialize(whole, set(whole.state_dict()), torch.device("cpu"))
-    assert not any(p.is_meta for p in whole.parameters())
-    assert torch.equal(whole.body[1].running_var, torch.ones(4))
-    held: set[str] = set()
-    for own in (
-        {"body.0.weight", "body.0.bias"},
-        {name for name in whole.state_dict() if not name.startswith("body.0")},
-    ):
-        rank = on_meta()
-        torch.manual_seed(4)
-        materialize(rank, own, torch.device("cpu"))
-        in_memory = {name for name, t in rank.state_dict().items() if not t.is_meta}
-        assert in_memory - {"step"} == own - {"step"}
-        for name in in_memory:
-            assert torch.equal(rank.state_dict()[name], whole.state_dict()[name]), name
-        held |= in_memory
-    assert held == set(whole.state_dict())
+def test_a_rank_gets_values_that_it_has_never_had() -> None:
+    whole, rank = Model(), meta_model()
+    adopt(rank, tensors_of(whole, {"body.0.weight", "step"}), torch.device("cpu"))
+    assert tensors_of(rank).keys() == {"body.0.weight", "step"}
+    assert torch.equal(rank.body[0].weight, whole.body[0].weight)
+    assert rank.body[0].weight.requires_grad
+    with pytest.raises(ValueError, match=r"'step' has shape \(\) here and \(2,\) on rank 0: build the same model"):
+        adopt(rank, {"step": torch.ones(2)}, torch.device("cpu"))
 
 
-def test_tied_parameters_are_materialised_tied() -> None:
-    model = nn.Sequential(nn.Linear(3, 3, device="meta"), nn.Linear(3, 3, device="meta"))
-    model[1].weight = model[0].weight
-    materialize(model, {"0.weight", "0.bias", "1.weight", "1.bias"}, torch.device("cpu"))
-    assert model[0].weight is model[1].weight
-    assert not model[0].weight.is_meta
+def test_the_users_hook_gives_a_model_on_the_meta_device_its_values() -> None:
+    model = meta_model()
+    model.body[3].weight = model.body[2].weight = nn.Parameter(torch.empty(3, 3, device="meta"))  # tied
+    expected = Model()
+
+    def init_weights() -> None:
+        tied = {id(model.body[3].weight)}
+        for mine, other in zip(model.parameters(), expected.parameters(), strict=False):
+            if id(mine) not in tied:
+                mine.data.copy_(other.data) if mine.shape == other.shape else nn.init.ones_(mine)
+        nn.init.ones_(model.body[3].weight)
+        model.body[1].reset_running_stats()
+        model.step.fill_(3)
+        model.scratch = torch.ones(2)
+
+    initialize(model, init_weights)
+    assert on_meta(model) == []
+    assert torch.equal(model.stem.weight, expected.stem.weight)
+    assert model.body[3].weight is model.body[2].weight
+    assert model.body[1].num_batches_tracked == 0
 
 
-def test_what_cannot_be_given_a_value_is_an_error_with_the_cure() -> None:
-    class Bare(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(3))
+@pytest.mark.parametrize("left_out", ["stem.bias", "step", "body.1.running_var"])
+def test_a_hook_that_leaves_something_out_is_an_error_that_names_it(left_out: str) -> None:
+    model, expected = meta_model(), Model()
+    values = {**dict(expected.named_parameters()), **dict(expected.named_buffers())}
 
-    with torch.device("meta"):
-        model = nn.Sequential(nn.Linear(3, 3), Bare())
-    with pytest.raises(
-        ValueError, match=r"1 \(Bare\) holds 'scale' on the meta device .*reset_parameters\(\).*define it"
-    ):
-        materialize(model, {"1.scale"}, torch.device("cpu"))
+    def init_weights() -> None:
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if name != left_out:
+                tensor.copy_(values[name])
+
+    with pytest.raises(ValueError, match=rf"init_weights\(\) has left '{left_out}' without a value"):
+        initialize(model, init_weights)
+
+
+def test_values_of_a_file_are_taken_as_they_are() -> None:
+    model, whole = meta_model(), Model()
+    saved = {name: value.double() if name == "stem.weight" else value for name, value in whole.state_dict().items()}
+    assert assign(model, saved) == set(saved)
+    assert on_meta(model) == ["scratch"], "it is in no state_dict()"
+    assert model.body[0].weight.data_ptr() == saved["body.0.weight"].data_ptr(), "not copied"
+    assert model.stem.weight.dtype == torch.float32
+    assert_same(dict(model.state_dict()), dict(whole.state_dict()))
 
 
 def test_every_rank_may_read_buffers_and_frozen_parameters_outside_of_the_blocks() -> None:
