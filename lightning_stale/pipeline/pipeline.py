@@ -9,8 +9,6 @@ from lightning_stale.pipeline.channels import Channel, MemoryChannel
 from lightning_stale.pipeline.schedule import drain, iteration
 from lightning_stale.pipeline.stage import Features, Stage
 
-_CLOSE_S = 2.0
-
 
 class Pipeline:
     """Consecutive stages of one process: one of several processes, or all of them (virtual stages).
@@ -83,16 +81,6 @@ class Pipeline:
     def restart(self) -> None:
         """Count batches from 0 again: the pipeline fills anew."""
         self._batch = 0
-
-    def close(self) -> None:
-        """End the threads of the channels."""
-        ends = [self._features_in, self._features_out, *self._gradients]
-        channels = [channel for channel in ends if channel is not None]
-        for channel in channels:
-            channel.close()
-        deadline = time.monotonic() + _CLOSE_S
-        for channel in channels:
-            channel.join(max(0.0, deadline - time.monotonic()))
 
     def _through(self, features: Features, batch: int, run: Callable[[Stage, Features], Features]) -> Features | None:
         if self._features_in is not None:

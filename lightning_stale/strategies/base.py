@@ -68,6 +68,7 @@ class StaleStrategy(DDPStrategy):
             timeout=timeout,
             start_method=start_method,
         )
+        self.timeout = timeout
         self._undo_setup: list[Callable[[], None]] = []
         self._untrained: list[Versioned] = []
 

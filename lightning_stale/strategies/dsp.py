@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,9 +20,8 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-from lightning_stale.pipeline.channels import Channel
 from lightning_stale.pipeline.clipping import clip_per_block
-from lightning_stale.pipeline.links import link_stages, stage_mesh
+from lightning_stale.pipeline.links import Links, destroy_mesh, stage_mesh
 from lightning_stale.pipeline.order import share_order
 from lightning_stale.pipeline.ownership import constant_names, materialize, own_names, put_back
 from lightning_stale.pipeline.part import Part
@@ -100,6 +99,7 @@ class DSPStrategy(SingleReplicaStrategy):
         self._part: Part | None = None
         self._count, self._mine, self._built_on_meta = 0, range(0), False
         self._mesh: DeviceMesh | None = None
+        self._links: Links | None = None
         self._calls: int | None = None  # of the body, in a step
         self._since_step = 0
         self._summary: dict[str, Any] = {"staleness": (), "stages": []}
@@ -198,7 +198,6 @@ class DSPStrategy(SingleReplicaStrategy):
         staleness = Staleness.of(self.staleness, stages, self.queues)
         owner, self._blocks = cut_model(trainer, stages, self.module, self.split, self._undo_setup)
         check_disjoint(self._blocks, outside(module, owner))
-        links: dict[str, Channel] = {}
         if self.world_size > 1:
             self._mesh = stage_mesh(self.world_size, self.root_device)
             health = self._start_health()
@@ -206,7 +205,7 @@ class DSPStrategy(SingleReplicaStrategy):
             def check(neighbour: int, ended: bool) -> None:
                 self._guard(lambda: health.check([neighbour], ended))
 
-            links = link_stages(self._mesh, staleness, self.root_device, check)
+            self._links = Links(self._mesh, staleness, self.root_device, check, self.timeout)
         self._pipeline = Pipeline(
             [
                 Stage(
@@ -219,7 +218,7 @@ class DSPStrategy(SingleReplicaStrategy):
                 )
                 for k in mine
             ],
-            **links,
+            **({} if self._links is None else self._links.channels),
         )
         self._summary = {
             "staleness": staleness.m,
@@ -422,16 +421,28 @@ class DSPStrategy(SingleReplicaStrategy):
 
     def teardown(self) -> None:
         """End the channels, and give back what has been replaced."""
-        if self._pipeline is not None:
-            self._pipeline.close()
-            self._pipeline = None
+        self._pipeline = None
+        self._end_links()
         self._end_health()
         if self.lightning_module is not None and any(p.is_meta for p in self.lightning_module.parameters()):
             fn = self.lightning_module._trainer and self.lightning_module.trainer.state
             ended_well = fn and not self.lightning_module.trainer.interrupted  # validate, test or predict
             put_back(self.lightning_module, self._part.values() if ended_well and self._part is not None else {})
-        self._part, self._blocks, self._mesh = None, [], None
+        self._part, self._blocks = None, []
         super().teardown()
+
+    def _end_links(self) -> None:
+        links, self._links = self._links, None
+        if links is not None and self._require_trainer().interrupted:
+            links.break_off()
+        elif links is not None:
+            links.end()
+        if self._mesh is not None:
+            destroy_mesh(self._mesh)
+            self._mesh = None
+
+    def _quiet(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._links is None else self._links.quiet()
 
     def summary(self) -> dict[str, Any]:
         """Return ``{"staleness": m, "stages": [{"stage", "parameters", "busy_s"}, ...]}``; times after ``fit``."""

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.overrides.distributed import _sync_module_states
-from torch.distributed.distributed_c10d import Store, Work, _get_default_store
+from torch.distributed.distributed_c10d import Store, _get_default_store
 from torch.utils.data import DataLoader
 
 from lightning_stale.launchers.internals import is_lost_connection as is_lost_connection
@@ -37,13 +37,6 @@ def skip_broadcast(module: torch.nn.Module) -> Callable[[], None]:
 def rendezvous_store() -> Store:
     """Return the key-value store over which the ranks have found each other."""
     return _get_default_store()
-
-
-def asynchronous_barrier(device: torch.device) -> Work:
-    """Start a barrier of all ranks, and return at once."""
-    indices = [device.index] if device.type == "cuda" else None
-    work: Work = torch.distributed.barrier(async_op=True, device_ids=indices)
-    return work
 
 
 def free_batches(trainer: Trainer) -> Callable[[], None]:
