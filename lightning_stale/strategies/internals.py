@@ -56,7 +56,7 @@ def free_batches(trainer: Trainer) -> Callable[[], None]:
             )
 
     def note_sigterm(signum: int, _: Any) -> None:
-        log.info("rank %d received signal %d", trainer.global_rank, signum)
+        log.debug("rank %d received signal %d", trainer.global_rank, signum)
         if not connector.received_sigterm and trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(signum)
         connector.received_sigterm = True

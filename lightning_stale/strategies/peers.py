@@ -61,6 +61,7 @@ class PeerStrategy(StaleStrategy):
     def on_exception(self, exception: BaseException) -> None:
         """Tell the other ranks; in ``fit`` they have been told already, before any other callback."""
         self.report(exception)
+        super().on_exception(exception)
 
     def report(self, exception: BaseException) -> None:
         if self._health is None or isinstance(exception, RunFailedError) or exception is self._reported:
