@@ -44,7 +44,8 @@ class StaleStrategy(DDPStrategy):
     Args:
         start_method: how Lightning starts the workers, as in ``DDPStrategy``.
         process_group_backend: as in ``DDPStrategy``.
-        timeout: of a collective. Workers wait for each other at meeting points without one, so it can be short.
+        timeout: of a collective, and for the ranks to find each other. Nobody waits for a slow rank in a collective,
+            however long it validates or saves, so it can be short.
         accelerator, cluster_environment, checkpoint_io, precision_plugin: as in ``DDPStrategy``.
     """
 
@@ -169,8 +170,9 @@ class StaleStrategy(DDPStrategy):
             return call()
         except RunFailedError as error:
             if error.kind == "sigterm":
+                received = self._require_trainer().received_sigterm  # by this rank itself, and passed on to the others
                 internals.note_sigterm(self._require_trainer())
-                raise SIGTERMException from error
+                raise SIGTERMException from (None if received else error)
             if error.kind == "interrupt":
                 raise KeyboardInterrupt from error
             raise

@@ -27,6 +27,7 @@ from tests.integration.test_channels import CPU, MESSAGES, assert_same_tree, kee
 
 TIMEOUT = timedelta(seconds=5)
 LONG_S = 6.0
+LARGE = 1 << 22
 
 
 @contextmanager
@@ -96,10 +97,12 @@ def wait_and_be_woken(rank: int) -> str:
         linked, mesh = links(2, check)
         if rank == 1:
             dist.barrier()  # until the other one has broken off
+            assert linked.channels["gradients_in"].receive(0).numel() == LARGE
             with pytest.raises(ChannelError, match="rank 0 has ended"):
-                linked.channels["gradients_in"].receive(0)
+                linked.channels["gradients_in"].receive(1)
         else:
-            linked.channels["gradients_out"].send(0, torch.zeros(1 << 22))
+            for n in range(2):  # of which one finds room
+                linked.channels["gradients_out"].send(n, torch.zeros(LARGE))
             heard.set()
             with pytest.raises(RuntimeError, match="rank 1 hangs"):
                 linked.channels["features_in"].receive(0)
