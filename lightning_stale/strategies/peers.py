@@ -75,10 +75,11 @@ class PeerStrategy(StaleStrategy):
             first = error
         except SIGTERMException:  # this rank is to end as well; the others hear of what it raises
             first = self._health.failure
-        if first is not None:  # the reason for this one
-            exception.__cause__ = exception.__cause__ or first
-            return
         kind, text = describe(exception)
+        if first is not None:  # the reason for this one, but for a signal that has come here as well
+            if kind == "error":
+                exception.__cause__ = exception.__cause__ or first
+            return
         self._health.fail(kind, f"rank {self.global_rank} {text}")
 
     def teardown(self) -> None:
