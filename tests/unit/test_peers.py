@@ -32,7 +32,7 @@ class Health:
 def make(failure: RunFailedError | None) -> tuple[Any, Health]:
     strategy: Any = HPSGDStrategy()
     health = strategy._health = Health(failure)
-    trainer = SimpleNamespace(_signal_connector=SimpleNamespace(received_sigterm=False))
+    trainer = SimpleNamespace(_signal_connector=SimpleNamespace(received_sigterm=False), received_sigterm=False)
     strategy._lightning_module = SimpleNamespace(trainer=trainer)
     return strategy, health
 
