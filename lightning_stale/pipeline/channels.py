@@ -293,7 +293,7 @@ def _unflatten(leaves: list[Any], tree: TreeSpec) -> Any:
 def _recorded_event(device: torch.device) -> torch.cuda.Event | None:
     if device.type != "cuda":
         return None
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(device))
     return event
 

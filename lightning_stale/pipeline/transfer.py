@@ -109,9 +109,9 @@ class GlooTransfer(Transfer):
             if self._stream is None:
                 get(tensor, self._peer, self._group)
                 return
-            staged.append(get(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True), self._peer, self._group))
             with self._on_stream():
-                tensor.copy_(staged[-1], non_blocking=True)
+                staged.append(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True))
+                tensor.copy_(get(staged[-1], self._peer, self._group), non_blocking=True)
 
         yield receive
         self._await_stream()

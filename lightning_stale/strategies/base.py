@@ -44,8 +44,8 @@ class StaleStrategy(DDPStrategy):
     Args:
         start_method: how Lightning starts the workers, as in ``DDPStrategy``.
         process_group_backend: as in ``DDPStrategy``.
-        timeout: of a collective, and for the ranks to find each other. Nobody waits for a slow rank in a collective,
-            however long it validates or saves, so it can be short.
+        timeout: of a collective, and for the ranks to find each other. In ``fit`` nobody waits for a slow rank in a
+            collective, however long it validates or saves, so it can be short.
         accelerator, cluster_environment, checkpoint_io, precision_plugin: as in ``DDPStrategy``.
     """
 

@@ -55,6 +55,7 @@ def link_again_and_again(rank: int) -> None:
         for turn in range(3):
             linked, mesh = links(3)
             channels = linked.channels
+            assert {group._get_backend(CPU).options._timeout for group in linked._groups} == {TIMEOUT}
             if rank == 2:
                 time.sleep(LONG_S if turn == 0 else 0.0)  # for longer than the time limit of the group
                 channels["features_out"].send(0, torch.ones(3))

@@ -100,7 +100,7 @@ def test_who_has_received_a_signal_itself_does_not_name_another(caplog: pytest.L
         exception: BaseException = SIGTERMException()
         if told:
             with pytest.raises(SIGTERMException) as caught:
-                strategy._guard(lambda: health.blame())
+                strategy._guard(health.blame)
             exception = caught.value
         caplog.clear()
         strategy.on_exception(exception)
