@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from torch.distributed.distributed_c10d import PrefixStore, Store, Work
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from lightning_stale.failures import RunFailedError
 
@@ -58,8 +58,11 @@ class Health:
     ) -> None:
         self._store = PrefixStore(prefix, store.clone())  # type: ignore[attr-defined]
         self._rank, self._world_size, self._patience_s, self._check = rank, world_size, patience_s, check
+        self._others = [other for other in range(world_size) if other != rank]
+        self._beats = 0
+        self._known = False  # whether all that is looked for exists in the store
         self._clock = _AwakeClock()
-        self._heard = {other: (-1, 0.0) for other in range(world_size) if other != rank}  # beats, and when
+        self._heard = dict.fromkeys(self._others, (b"", 0.0))  # the last beat, and when
         self._answered = 0.0
         self._failure: RunFailedError | None = None
         self._lost, self._closing = False, False
@@ -111,19 +114,6 @@ class Health:
             self.check(fresh=True)
             time.sleep(_BEAT_S / 10)
 
-    def wait(self, work: Work) -> None:
-        """Wait for a collective, as long as all ranks live.
-
-        Raises:
-            RunFailedError: as :meth:`check`.
-        """
-        pause = 1e-4
-        while not work.is_completed():
-            time.sleep(pause)
-            pause = min(2 * pause, _MAX_POLL_S)
-            self.check()
-        work.wait()
-
     def ask(self, question: Callable[[Store], _T]) -> _T:
         """Return what ``question`` finds in the store, as long as all ranks live.
 
@@ -155,6 +145,10 @@ class Health:
 
     def _run(self) -> None:
         try:
+            if self._rank == 0:
+                self._store.compare_set("failure", "", "")
+                for other in self._others:
+                    self._store.set(f"beats/{other}", "0")
             while not self._closing:
                 self._beat(self._store)
                 self._answer_until(time.monotonic() + _BEAT_S)
@@ -173,20 +167,27 @@ class Health:
             answer.set_result(question(self._store))
 
     def _beat(self, store: Store) -> None:
-        store.add(f"beats/{self._rank}", 1)
-        if self._failure is None and store.check(["failure"]):
-            kind, _, text = store.get("failure").decode().partition("\n")
-            self._failure = RunFailedError(kind, text)
-        for rank, (beats, _) in self._heard.items():
-            now = int(store.add(f"beats/{rank}", 0))
-            if now != beats:
-                self._heard[rank] = (now, self._clock.seconds)
+        """Give a sign of life, and look for all others' in one request: the store serves all ranks."""
+        self._beats += 1
+        store.set(f"beats/{self._rank}", str(self._beats))
+        keys = ["failure", *(f"beats/{other}" for other in self._others)]
+        self._known = self._known or store.check(keys)  # which rank 0 makes; a request for what is not there waits
+        if self._known:
+            failure, *beats = store.multi_get(keys)
+            self._note_failure(failure)
+            for other, beat in zip(self._others, beats, strict=True):
+                if beat != self._heard[other][0]:
+                    self._heard[other] = (beat, self._clock.seconds)
         self._answered = self._clock.seconds
 
     def _tell(self, store: Store, report: str) -> None:
-        if store.add("failures", 1) == 1:
-            store.set("failure", report)
+        self._note_failure(store.compare_set("failure", "", report))  # returns that of who was first
         self._beat(store)
+
+    def _note_failure(self, report: bytes) -> None:
+        if self._failure is None and report:
+            kind, _, text = report.decode().partition("\n")
+            self._failure = RunFailedError(kind, text)
 
     def _say_farewell(self) -> None:
         self._store.add("farewells", 1)

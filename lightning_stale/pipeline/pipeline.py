@@ -10,8 +10,6 @@ from lightning_stale.pipeline.schedule import drain, iteration
 from lightning_stale.pipeline.stage import Features, Stage
 from lightning_stale.pipeline.streams import Streams
 
-_CLOSE_S = 2.0
-
 
 class Pipeline:
     """Consecutive stages of one process: one of several processes, or all of them (virtual stages).
@@ -122,16 +120,6 @@ class Pipeline:
             self._widened = True
             if self._gradients[-1] is not None:
                 self._gradients[-1].widen(self.stages[-1].staleness)
-
-    def close(self) -> None:
-        """End the threads of the channels."""
-        ends = [self._features_in, self._features_out, *self._gradients]
-        channels = [channel for channel in ends if channel is not None]
-        for channel in channels:
-            channel.close()
-        deadline = time.monotonic() + _CLOSE_S
-        for channel in channels:
-            channel.join(max(0.0, deadline - time.monotonic()))
 
     def from_last(self, value: bytes) -> bytes:
         """Return the last stage's ``value`` in all processes; for a pipeline that has nothing under way."""

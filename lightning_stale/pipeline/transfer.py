@@ -1,136 +1,178 @@
-"""Values with large tensors on their way between rank 0 and the others: tensor by tensor, in pieces of bounded size."""
+"""How the tensors of one message get to the other process, once a header has said what they are.
+
+Through gloo they may be sent at any time: who is not ready keeps a socket waiting. Over NCCL, a send or receive that
+waits for the other side occupies the device meanwhile: a call that waits for the whole device (the allocator's, say)
+would never return, and a collective behind it would keep others from coming. There the sender asks, the receiver
+answers when it has room, and only then do both begin what both are ready for.
+"""
 
 from __future__ import annotations
 
-import io
-import pickle
-from collections.abc import Iterator, Sequence
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-PIECE_BYTES = 32 * 2**20
+from lightning_stale.groups import FOREVER, break_off
 
-
-class Packed:
-    """A value ready to be sent: a description, and the tensors as they are, which are not copied.
-
-    Making one may fail, on what cannot be pickled; sending it cannot, so that nobody waits for what does not come.
-
-    Args:
-        value: anything that can be pickled; a tensor that is in it several times is sent once.
-    """
-
-    def __init__(self, value: Any) -> None:
-        self.tensors: list[Tensor] = []
-        self._numbers: dict[int, int] = {}
-        buffer = io.BytesIO()
-        pickler = pickle.Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL)
-        pickler.persistent_id = self._number  # type: ignore[method-assign]
-        pickler.dump(value)
-        self._pickled = buffer.getvalue()
-
-    def description(self) -> bytes:
-        """Return what it takes to receive it."""
-        shapes = [(tensor.dtype, tuple(tensor.shape), _dense_stride(tensor)) for tensor in self.tensors]
-        return pickle.dumps((self._pickled, shapes))
-
-    def unpack(self, tensors: Sequence[Tensor]) -> Any:
-        """Return a copy of the value with ``tensors`` in place of its own."""
-        return _unpickled(self._pickled, tensors)
-
-    def _number(self, value: Any) -> int | None:
-        if type(value) not in (Tensor, nn.Parameter, nn.Buffer) or value.layout != torch.strided:
-            return None
-        if id(value) not in self._numbers:
-            self._numbers[id(value)] = len(self.tensors)
-            self.tensors.append(value)
-        return self._numbers[id(value)]
+_GRANT = 1
+"""The tag under which the receiver answers."""
 
 
-def send(packed: Packed, to: int, device: torch.device) -> None:
-    """Send a value to rank ``to``, which must :func:`receive` it.
-
-    Args:
-        packed: the value.
-        to: the global rank.
-        device: of this rank; a piece goes over it where the backend moves nothing else (NCCL).
-    """
-    over = _transport(device)
-    description = torch.frombuffer(bytearray(packed.description()), dtype=torch.uint8)
-    dist.send(torch.tensor([len(description)], device=over), to)
-    dist.send(description.to(over), to)
-    for tensor in packed.tensors:
-        tensor = tensor.detach().resolve_conj().resolve_neg()
-        dense = tensor if tensor.stride() == _dense_stride(tensor) else tensor.contiguous()
-        for piece in _pieces(dense):
-            dist.send(piece.to(over), to)
+def put(tensor: Tensor, peer: int, group: dist.ProcessGroup, tag: int = 0) -> None:
+    """Send ``tensor`` through gloo, however long it takes."""
+    work = dist.isend(tensor, peer, group, tag)
+    assert work is not None
+    work.wait(FOREVER)
 
 
-def receive(source: int, device: torch.device) -> Any:
-    """Return what rank ``source`` sends; its tensors are on the CPU."""
-    over = _transport(device)
-    length = torch.zeros(1, dtype=torch.int64, device=over)
-    dist.recv(length, source)
-    description = torch.empty(int(length), dtype=torch.uint8, device=over)
-    dist.recv(description, source)
-    pickled, shapes = pickle.loads(description.cpu().numpy().tobytes())
-    tensors = [_receive_tensor(source, over, *shape) for shape in shapes]
-    return _unpickled(pickled, tensors)
-
-
-def gather(packed: Packed, value: Any, device: torch.device) -> list[Any] | None:
-    """Return ``value`` of every rank on rank 0, one rank after the other; ``None`` on the others."""
-    if dist.get_rank() > 0:
-        send(packed, 0, device)
-        return None
-    return [value, *(receive(rank, device) for rank in range(1, dist.get_world_size()))]
-
-
-def spread(packed: Sequence[Packed], values: Sequence[Any] | None, device: torch.device) -> Any:
-    """Return, on every rank, its entry of what rank 0 has as ``values`` and ``packed``."""
-    if values is None:
-        return receive(0, device)
-    for rank in range(1, dist.get_world_size()):
-        send(packed[rank], rank, device)
-    return values[0]
-
-
-def _unpickled(pickled: bytes, tensors: Sequence[Tensor]) -> Any:
-    unpickler = pickle.Unpickler(io.BytesIO(pickled))
-    unpickler.persistent_load = tensors.__getitem__  # type: ignore[method-assign]
-    return unpickler.load()
-
-
-def _receive_tensor(
-    source: int, over: torch.device, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]
-) -> Tensor:
-    tensor = torch.empty_strided(shape, stride, dtype=dtype)
-    for piece in _pieces(tensor):
-        if over.type == "cpu":
-            dist.recv(piece, source)
-        else:
-            arrived = torch.empty_like(piece, device=over)
-            dist.recv(arrived, source)
-            piece.copy_(arrived)
+def get(tensor: Tensor, peer: int, group: dist.ProcessGroup, tag: int = 0) -> Tensor:
+    """Receive into ``tensor`` through gloo, however long it takes."""
+    work = dist.irecv(tensor, peer, group, tag)
+    assert work is not None
+    work.wait(FOREVER)
     return tensor
 
 
-def _pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield views of the memory of a dense tensor, as bytes."""
-    if tensor.numel() == 0:
-        return
-    flat = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
-    for start in range(0, len(flat), PIECE_BYTES):
-        yield flat[start : start + PIECE_BYTES]
+class Transfer(ABC):
+    """One direction; the sender's methods are called by one thread, and the receiver's by one.
+
+    Args:
+        peer: the other's global rank.
+        device: where the tensors are.
+    """
+
+    def __init__(self, peer: int, device: torch.device) -> None:
+        self._peer, self._device = peer, device
+        cuda = device.type == "cuda"
+        # not the default stream, on which the stage computes: what waits here must not hold it up
+        self._stream = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
+
+    @abstractmethod
+    def sending(self, ready: torch.cuda.Event | None) -> AbstractContextManager[Callable[[Tensor], None]]:
+        """Enter what a message's tensors are sent in, once ``ready`` has happened; they are sent when it is left."""
+
+    @abstractmethod
+    def receiving(self) -> AbstractContextManager[Callable[[Tensor], None]]:
+        """Enter what a message's tensors are received in; they are there when it is left."""
+
+    def break_off(self) -> None:  # noqa: B027
+        """Let everything fail that waits in a group of its own."""
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return a tensor to receive into."""
+        with self.on_stream():
+            return torch.empty(list(shape), dtype=dtype, device=self._device)
+
+    def on_stream(self) -> AbstractContextManager[object]:
+        """Enter what is computed with a message's tensors on their way in."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def _await_stream(self) -> None:
+        """Let this thread, and neither the device nor the stage, wait until all of the above is done."""
+        if self._stream is not None:
+            done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            done.record(self._stream)
+            done.synchronize()
 
 
-def _dense_stride(tensor: Tensor) -> tuple[int, ...]:
-    """Return the strides of ``tensor`` if it has no gaps (channels_last, say), or those of a contiguous one."""
-    return torch.empty_like(tensor, device="meta").stride()
+class GlooTransfer(Transfer):
+    """Through gloo; what is on a GPU, through page-locked memory.
+
+    Args:
+        peer, device: as in :class:`Transfer`.
+        group: gloo's, for this direction alone.
+    """
+
+    def __init__(self, peer: int, device: torch.device, group: dist.ProcessGroup) -> None:
+        super().__init__(peer, device)
+        self._group = group
+
+    @contextmanager
+    def sending(self, ready: torch.cuda.Event | None) -> Iterator[Callable[[Tensor], None]]:
+        staged: list[Tensor] = []
+        with self.on_stream():
+            if self._stream is not None and ready is not None:
+                self._stream.wait_event(ready)
+            yield lambda tensor: staged.append(tensor if self._stream is None else _staged(tensor))
+        self._await_stream()
+        for tensor in staged:
+            put(tensor, self._peer, self._group)
+
+    @contextmanager
+    def receiving(self) -> Iterator[Callable[[Tensor], None]]:
+        staged: list[Tensor] = []  # kept until they are copied
+
+        def receive(tensor: Tensor) -> None:
+            if self._stream is None:
+                get(tensor, self._peer, self._group)
+                return
+            with self.on_stream():
+                staged.append(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True))
+                tensor.copy_(get(staged[-1], self._peer, self._group), non_blocking=True)
+
+        yield receive
+        self._await_stream()
 
 
-def _transport(device: torch.device) -> torch.device:
-    return device if device.type == "cuda" and dist.get_backend() == "nccl" else torch.device("cpu")
+class GrantedTransfer(Transfer):
+    """Through a group in which sends and receives occupy the device until the other side has come: NCCL's.
+
+    Args:
+        peer, device: as in :class:`Transfer`.
+        group: NCCL's, for this direction alone.
+        control: gloo's, likewise.
+        grants: kept by who must not be disturbed by transfers; nothing is granted meanwhile.
+    """
+
+    def __init__(
+        self,
+        peer: int,
+        device: torch.device,
+        group: dist.ProcessGroup,
+        control: dist.ProcessGroup,
+        grants: AbstractContextManager[object] | None = None,
+    ) -> None:
+        super().__init__(peer, device)
+        self._group, self._control = group, control
+        self._grants = nullcontext() if grants is None else grants
+
+    def break_off(self) -> None:
+        break_off(self._group)
+
+    @contextmanager
+    def sending(self, ready: torch.cuda.Event | None) -> Iterator[Callable[[Tensor], None]]:
+        sent: list[Tensor] = []  # kept until they are there
+
+        def send(tensor: Tensor) -> None:
+            sent.append(tensor)
+            work = dist.isend(tensor, self._peer, self._group)
+            assert work is not None
+            work.wait()  # on NCCL, the stream does
+
+        if ready is not None:
+            ready.synchronize()  # a send that waits for it would occupy the device
+        get(torch.empty(1, dtype=torch.uint8), self._peer, self._control, _GRANT)
+        with self.on_stream():
+            yield send
+        self._await_stream()
+
+    @contextmanager
+    def receiving(self) -> Iterator[Callable[[Tensor], None]]:
+        def receive(tensor: Tensor) -> None:
+            with self.on_stream():
+                work = dist.irecv(tensor, self._peer, self._group)
+                assert work is not None
+                work.wait()
+
+        with self._grants:
+            put(torch.zeros(1, dtype=torch.uint8), self._peer, self._control, _GRANT)
+            yield receive
+            self._await_stream()
+
+
+def _staged(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 from abc import abstractmethod
 from collections.abc import Callable
 from datetime import timedelta
@@ -18,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_stale.failures import RunFailedError
+from lightning_stale.failures import RunFailedError, describe
 from lightning_stale.launchers import ScriptLauncher, SummaryLauncher
 from lightning_stale.launchers.job import current_job, destroy_process_group
 from lightning_stale.strategies import internals
@@ -26,6 +27,8 @@ from lightning_stale.strategies.buffers import Versioned, agree_on_buffers, agre
 from lightning_stale.strategies.checks import check_device, check_model, check_optimizers, check_trainer
 from lightning_stale.strategies.meeting import MeetingPoints
 from lightning_stale.strategies.twin import refuse_environment
+
+log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
@@ -41,7 +44,8 @@ class StaleStrategy(DDPStrategy):
     Args:
         start_method: how Lightning starts the workers, as in ``DDPStrategy``.
         process_group_backend: as in ``DDPStrategy``.
-        timeout: of a collective. Workers wait for each other at meeting points without one, so it can be short.
+        timeout: of a collective, and for the ranks to find each other. In ``fit`` nobody waits for a slow rank in a
+            collective, however long it validates or saves, so it can be short.
         accelerator, cluster_environment, checkpoint_io, precision_plugin: as in ``DDPStrategy``.
     """
 
@@ -68,6 +72,7 @@ class StaleStrategy(DDPStrategy):
             timeout=timeout,
             start_method=start_method,
         )
+        self.timeout = timeout
         self._undo_setup: list[Callable[[], None]] = []
         self._untrained: list[Versioned] = []
 
@@ -116,11 +121,11 @@ class StaleStrategy(DDPStrategy):
             check_device(self.root_device)
             check_model(self.model, self._layer_sync is not None, self._steps_locally)
         super().setup(trainer)
+        self._undo_setup.append(internals.free_batches(trainer))
         if trainer.state.fn == TrainerFn.FITTING:
             if not self._steps_locally:
                 check_optimizers(self.optimizers)
             self._add_meeting_points(trainer)
-            self._undo_setup.append(internals.free_batches(trainer))
             trained = {
                 id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]
             }
@@ -150,14 +155,24 @@ class StaleStrategy(DDPStrategy):
 
     # --- failures ---------------------------------------------------------------------------------------------------
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Say which signal ends the run, and which rank has received it: Lightning says nothing of a SIGTERM."""
+        super().on_exception(exception)
+        kind, text = describe(exception)
+        if kind != "error" and self.is_global_zero:
+            told = exception.__cause__
+            whose = told if isinstance(told, RunFailedError) else f"rank {self.global_rank} {text}"
+            log.warning("%s: the run ends, on all ranks", whose)
+
     def _guard(self, call: Callable[[], _T]) -> _T:
         """Run ``call``, which may wait; a signal that another rank has received ends this one likewise."""
         try:
             return call()
         except RunFailedError as error:
             if error.kind == "sigterm":
+                received = self._require_trainer().received_sigterm  # by this rank itself, and passed on to the others
                 internals.note_sigterm(self._require_trainer())
-                raise SIGTERMException from error
+                raise SIGTERMException from (None if received else error)
             if error.kind == "interrupt":
                 raise KeyboardInterrupt from error
             raise

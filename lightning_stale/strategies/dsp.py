@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from lightning_stale.pipeline.clipping import clip_per_block
-from lightning_stale.pipeline.links import link_stages, stage_mesh
+from lightning_stale.pipeline.links import Links, destroy_mesh, stage_mesh
 from lightning_stale.pipeline.ownership import constant_names, own_names, tensors_named
 from lightning_stale.pipeline.partition import count_parameters
 from lightning_stale.pipeline.pipeline import Pipeline
@@ -103,6 +103,7 @@ class DSPStrategy(WholeModelStrategy):
         self._alike: Alike | None = None
         self._path: tuple[int, ...] = ()  # what tells the present step from all others
         self._evaluated = 0
+        self._links: Links | None = None
         self._calls: int | None = None  # of the body, in a step
         self._since_step = 0
         self._summary: dict[str, Any] = {"staleness": (), "stages": []}
@@ -189,7 +190,6 @@ class DSPStrategy(WholeModelStrategy):
         staleness = Staleness.of(self.staleness, stages, self.queues)
         owner = self._cut_once(trainer)
         check_disjoint(self._blocks, outside(module, owner))
-        links: dict[str, Any] = {}
         if self.world_size > 1:
             self._mesh = stage_mesh(self.world_size, self.root_device)
             health = self._start_health()
@@ -197,7 +197,7 @@ class DSPStrategy(WholeModelStrategy):
             def check(neighbour: int, ended: bool) -> None:
                 self._guard(lambda: health.check([neighbour], ended))
 
-            links = link_stages(self._mesh, staleness, self.root_device, check)
+            self._links = Links(self._mesh, staleness, self.root_device, check, self.timeout)
         assert self._alike is not None
         self._alike.begin(trainer.state.fn == TrainerFn.FITTING, stale=any(staleness.m))
         self._pipeline = Pipeline(
@@ -212,7 +212,7 @@ class DSPStrategy(WholeModelStrategy):
                 )
                 for k in mine
             ],
-            **links,
+            **({} if self._links is None else self._links.channels),
             first=mine.start,
             streams=self._alike.streams,
         )
@@ -256,10 +256,12 @@ class DSPStrategy(WholeModelStrategy):
         ]
         return own, constant_names(module, modules)
 
-    def _gather_ranks(self) -> None:
+    @contextmanager
+    def _all_ranks(self) -> Iterator[None]:
         if self._pipeline is not None:
             self._pipeline.widen()
-        super()._gather_ranks()
+        with super()._all_ranks():
+            yield
 
     def _is_cut(self) -> bool:
         return self._pipeline is not None
@@ -452,13 +454,25 @@ class DSPStrategy(WholeModelStrategy):
 
     def teardown(self) -> None:
         """End the channels, put the model together again, and give back what has been replaced."""
-        if self._pipeline is not None:
-            self._pipeline.close()
-            self._pipeline = None
+        self._pipeline = None
+        self._end_links()
         self._join()
         self._end_health()
-        self._owner, self._blocks, self._mesh = None, [], None
+        self._owner, self._blocks = None, []
         super().teardown()
+
+    def _end_links(self) -> None:
+        links, self._links = self._links, None
+        if links is not None and self._require_trainer().interrupted:
+            links.break_off()
+        elif links is not None:
+            links.end()
+        if self._mesh is not None:
+            destroy_mesh(self._mesh)
+            self._mesh = None
+
+    def _quiet(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._links is None else self._links.quiet()
 
     def summary(self) -> dict[str, Any]:
         """Return ``{"staleness": m, "stages": [{"stage", "parameters", "busy_s"}, ...]}``; times after ``fit``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 from lightning_stale.averaging.merge import MERGES
 from lightning_stale.averaging.reducer import ProcessGroupReducer
 from lightning_stale.averaging.rounds import Interval, Rounds
+from lightning_stale.groups import FOREVER, break_off, destroy, new_group
 from lightning_stale.strategies.exchange import unique_parameters
 from lightning_stale.strategies.peers import PeerStrategy
 from lightning_stale.strategies.places import Places
@@ -105,7 +107,9 @@ class HPSGDStrategy(PeerStrategy):
                 "or write Trainer(strategy='ddp')"
             )
         self._places = Places(self._start_health(), self.global_rank, self.world_size)
-        self._group = dist.new_group()
+        self._group = new_group(range(self.world_size), self.timeout)
+        self._group.set_timeout(FOREVER)  # a sum waits for the slowest worker, and whether it lives is known otherwise
+        atexit.register(self._break_off)
         reducer = ProcessGroupReducer(self._group, self.root_device, self._check_peers)
         parameters = unique_parameters(self.optimizers)
         self._held = len(parameters)
@@ -236,14 +240,26 @@ class HPSGDStrategy(PeerStrategy):
         """Forget the rounds; the model holds the global weights."""
         super().on_train_end()
         self._end_rounds()
-        dist.destroy_process_group(self._group)  # not after a failure: it would wait for the sum in flight
-        self._group = None
+        self._end_group()
 
     def teardown(self) -> None:
         """Stop what is left."""
         self._end_rounds()
+        self._break_off()
         self._places = None
         super().teardown()
+
+    def _break_off(self) -> None:
+        """Do not wait for a sum in flight: a worker that has ended may never have begun it."""
+        if self._group is not None:
+            break_off(self._group)
+            self._end_group()
+
+    def _end_group(self) -> None:
+        atexit.unregister(self._break_off)
+        group, self._group = self._group, None
+        if group is not None:
+            destroy(group)
 
     def _end_rounds(self) -> None:
         if self._rounds is not None:

@@ -13,7 +13,7 @@ from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer, WeightAveraging
 from lightning.pytorch.overrides.distributed import _sync_module_states
-from torch.distributed.distributed_c10d import Store, Work, _get_default_store
+from torch.distributed.distributed_c10d import Store, _get_default_store
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
@@ -65,13 +65,6 @@ def rendezvous_store() -> Store:
     return _get_default_store()
 
 
-def asynchronous_barrier(device: torch.device) -> Work:
-    """Start a barrier of all ranks, and return at once."""
-    indices = [device.index] if device.type == "cuda" else None
-    work: Work = torch.distributed.barrier(async_op=True, device_ids=indices)
-    return work
-
-
 def free_batches(trainer: Trainer) -> Callable[[], None]:
     """Let a training batch pass without a collective; return what undoes it.
 
@@ -89,7 +82,7 @@ def free_batches(trainer: Trainer) -> Callable[[], None]:
             )
 
     def note_sigterm(signum: int, _: Any) -> None:
-        log.info("rank %d received signal %d", trainer.global_rank, signum)
+        log.debug("rank %d received signal %d", trainer.global_rank, signum)
         if not connector.received_sigterm and trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(signum)
         connector.received_sigterm = True

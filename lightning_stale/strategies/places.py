@@ -31,10 +31,14 @@ class Places:
         """Let the others know that this rank's next meeting is at ``place``; do not wait for them yet."""
         self._meetings += 1
         new, read_by_all = self._key(self._meetings, self._rank), self._key(self._meetings - 2, self._rank)
+        counter, left_by_all = self._key(self._meetings, "count"), self._key(self._meetings - 2, "count")
 
         def move(store: Store) -> None:
             store.set(new, f"{place} (step {step})")
             store.delete_key(read_by_all)
+            store.add(counter, 1)
+            if self._rank == 0:
+                store.delete_key(left_by_all)
 
         self._health.ask(move)
 
@@ -46,19 +50,24 @@ class Places:
             RunFailedError: if one of them has ended.
         """
         poll_s = _POLL_S
-        while len(places := self._health.ask(self._read)) < self._world_size or _differ(places):
-            if _differ(places):
-                raise MisconfigurationException(different_places(places))
+        while self._health.ask(self._count) < self._world_size:
             time.sleep(poll_s)
             poll_s = min(2 * poll_s, _MAX_POLL_S)
             self._health.check()
+        places = dict(enumerate(self._health.ask(self._read)))
+        if _differ(places):
+            raise MisconfigurationException(different_places(places))
 
-    def _read(self, store: Store) -> dict[int, str]:
-        keys = {rank: self._key(self._meetings, rank) for rank in range(self._world_size)}
-        return {rank: store.get(key).decode() for rank, key in keys.items() if store.check([key])}
+    def _count(self, store: Store) -> int:
+        """Return how many have come: one request, as often as it is asked for."""
+        return int(store.add(self._key(self._meetings, "count"), 0))
+
+    def _read(self, store: Store) -> list[str]:
+        keys = [self._key(self._meetings, rank) for rank in range(self._world_size)]
+        return [place.decode() for place in store.multi_get(keys)]
 
     @staticmethod
-    def _key(meeting: int, rank: int) -> str:
+    def _key(meeting: int, rank: int | str) -> str:
         return f"place/{meeting}/{rank}"
 
 

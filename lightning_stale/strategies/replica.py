@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from lightning_stale.pipeline.ownership import gather_everywhere
-from lightning_stale.strategies import internals
 from lightning_stale.strategies.peers import PeerStrategy
 
 TBroadcast = TypeVar("TBroadcast")
@@ -33,25 +34,30 @@ class SingleReplicaStrategy(PeerStrategy):
 
     def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
         """Broadcast once all ranks are there."""
-        self._gather_ranks()
-        return super().broadcast(obj, src)
+        with self._all_ranks():
+            return super().broadcast(obj, src)
 
     def barrier(self, name: str | None = None) -> None:
         """Wait until all ranks are there."""
-        self._gather_ranks()
+        with self._all_ranks():
+            if self._roll_call is None:
+                super().barrier(name)
 
     def _gather_everywhere(self, value: Any) -> list[Any]:
-        self._gather_ranks()
-        return gather_everywhere(value)
+        with self._all_ranks():
+            return gather_everywhere(value)
 
-    def _gather_ranks(self) -> None:
-        """Wait, before a collective, until all ranks are there; the collective itself would wait for a dead one."""
-        if self.world_size > 1:
-            if self._health is None:
-                super().barrier()
-            else:
-                health, work = self._health, internals.asynchronous_barrier(self.root_device)
-                self._guard(lambda: health.wait(work))
+    @contextmanager
+    def _all_ranks(self) -> Iterator[None]:
+        """Enter, for a collective, once all ranks are there; the collective itself would wait for a dead one."""
+        with self._quiet():
+            if self._roll_call is not None:
+                self._guard(self._roll_call.wait)
+            yield
+
+    def _quiet(self) -> AbstractContextManager[None]:
+        """Return what a collective runs in that nothing else on the device may meet."""
+        return nullcontext()
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Take the decision of rank 0, where the metrics are."""

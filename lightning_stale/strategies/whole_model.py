@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from lightning_stale.pipeline import transfer
+from lightning_stale.pipeline import pieces
 from lightning_stale.pipeline.meta import assign, initialize, on_meta
 from lightning_stale.pipeline.ownership import move, renamed, tensors_of, without_meta
 from lightning_stale.pipeline.part import Part, give
@@ -162,14 +162,14 @@ class WholeModelStrategy(SingleReplicaStrategy):
     # --- moving values ----------------------------------------------------------------------------------------------
 
     def _gather_at_first(self, value: Any) -> list[Any] | None:
-        packed = transfer.Packed(value if self.global_rank > 0 else None)
-        self._gather_ranks()
-        return self._guard(lambda: transfer.gather(packed, value, self.root_device))
+        packed = pieces.Packed(value if self.global_rank > 0 else None)
+        with self._all_ranks():
+            return self._guard(lambda: pieces.gather(packed, value, self.root_device))
 
     def _spread(self, values: list[Any] | None) -> Any:
-        packed = [transfer.Packed(value) for value in values or ()]
-        self._gather_ranks()
-        return self._guard(lambda: transfer.spread(packed, values, self.root_device))
+        packed = [pieces.Packed(value) for value in values or ()]
+        with self._all_ranks():
+            return self._guard(lambda: pieces.spread(packed, values, self.root_device))
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -224,7 +224,7 @@ class WholeModelStrategy(SingleReplicaStrategy):
         completed = dict(checkpoint)
         for entry, value in checkpoint.items():
             try:
-                packed = transfer.Packed(value)
+                packed = pieces.Packed(value)
             except (pickle.PicklingError, AttributeError, TypeError):
                 continue  # not for this way of writing, or its error
             if not any(tensor.is_meta for tensor in packed.tensors):

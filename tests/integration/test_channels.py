@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
-from lightning_stale.pipeline.channels import ChannelError, ReceiveChannel, SendChannel
+from lightning_stale.pipeline.channels import ChannelError, ReceiveChannel, SendChannel, end
 from lightning_stale.pipeline.pipeline import Pipeline
 from lightning_stale.pipeline.stage import Block, Stage
 from lightning_stale.pipeline.staleness import Staleness
@@ -108,9 +108,9 @@ def combine(rank: int, combinations: int) -> int:
                     for k, layer in enumerate(layers)
                 ]
 
-            pipeline = Pipeline([stages(layers)[rank]], **channels(rank, groups, staleness))
-            got = run(pipeline, data)
-            pipeline.close()
+            links = channels(rank, groups, staleness)
+            got = run(Pipeline([stages(layers)[rank]], **links), data)
+            end(links.values(), lambda: None)
             for layer in quick:
                 layer.longest_s = 0.0
             expected = run(Pipeline(stages(quick)), data)[2 * rank : 2 * rank + 2]

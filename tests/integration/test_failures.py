@@ -279,7 +279,7 @@ trainer(2, "ssp", max_epochs=-1).fit(Faulty(Path(".")), loader())
     [
         (signal.SIGINT, "group", (1,), "Detected KeyboardInterrupt"),
         (signal.SIGINT, "rank 0", (1,), "Detected KeyboardInterrupt"),
-        (signal.SIGTERM, "rank 0", (0,), ""),
+        (signal.SIGTERM, "rank 0", (0,), "rank 0 received SIGTERM: the run ends"),
         (signal.SIGKILL, "rank 0", (-signal.SIGKILL,), "RunFailedError: rank 0"),
         # Lightning's launcher sees it too, says "[rank: 1] Child process with PID ..." and kills rank 0
         (

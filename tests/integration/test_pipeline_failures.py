@@ -136,18 +136,29 @@ def test_a_stage_that_never_comes_to_a_collective_ends_the_others(tmp_path: Path
                 assert "rank 1 has not been heard of for 15 s" in worker.error
 
 
-def interrupted(rank: int, world_size: int, folder: str) -> Any:
+def interrupted(rank: int, world_size: int, folder: str, when: str) -> Any:
     model = Chain(delay_s=0.002)
     if rank == 1:
         model.net[3].append(Failing("none", folder))
     t = trainer(world_size, DSPStrategy(staleness=(4, 2, 0), split=[3, 6]), max_epochs=1000)
-    t.fit(model, batches(50))
+    if when == "fit":
+        t.fit(model, batches(50))
+    else:
+        t.validate(model, batches(10_000), verbose=False)
     return t.state.status.value
 
 
-@pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, 0), (signal.SIGTERM, 1), (signal.SIGINT, 1)])
-def test_a_signal_to_one_rank_ends_all(number: signal.Signals, rank: int, tmp_path: Path) -> None:
-    with workers(interrupted, 3, tmp_path, 3, str(tmp_path)) as group:
+@pytest.mark.parametrize(
+    ("number", "rank", "when"),
+    [
+        (signal.SIGTERM, 0, "fit"),
+        (signal.SIGTERM, 1, "fit"),
+        (signal.SIGINT, 1, "fit"),
+        (signal.SIGTERM, 1, "validate"),
+    ],
+)
+def test_a_signal_to_one_rank_ends_all(number: signal.Signals, rank: int, when: str, tmp_path: Path) -> None:
+    with workers(interrupted, 3, tmp_path, 3, str(tmp_path), when) as group:
         group.wait_for("failing")
         os.kill(group.pid(rank), number)
         ranks = group.join(LIMIT_S)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from torch.distributed import HashStore, Store
@@ -36,6 +37,33 @@ def stop(one: Health) -> None:
     one._closing = True
     one._thread.join(timeout=10)
     assert not one._thread.is_alive()
+
+
+class Counted:
+    """A store that counts what it is asked."""
+
+    def __init__(self, store: Store) -> None:
+        self.store, self.requests = store, 0
+
+    def __getattr__(self, name: str) -> Any:
+        self.requests += 1
+        return getattr(self.store, name)
+
+
+@pytest.mark.parametrize("world_size", [2, 50])
+def test_a_beat_is_two_requests_whatever_the_number_of_ranks(world_size: int, make: Make) -> None:
+    first, second = make(0, world_size), make(1, world_size)
+    first.check(fresh=True)
+    second.check(fresh=True)
+    stop(first)
+    stop(second)
+    for rank in (first, second):
+        counted = Counted(rank._store)
+        rank._beat(counted)  # type: ignore[arg-type]
+        assert counted.requests == 2
+        counted.requests = 0
+        rank._beat(counted)  # type: ignore[arg-type]
+        assert counted.requests == 2
 
 
 def test_all_hear_of_the_first_failure(make: Make) -> None:

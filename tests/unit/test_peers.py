@@ -32,7 +32,7 @@ class Health:
 def make(failure: RunFailedError | None) -> tuple[Any, Health]:
     strategy: Any = HPSGDStrategy()
     health = strategy._health = Health(failure)
-    trainer = SimpleNamespace(_signal_connector=SimpleNamespace(received_sigterm=False))
+    trainer = SimpleNamespace(_signal_connector=SimpleNamespace(received_sigterm=False), received_sigterm=False)
     strategy._lightning_module = SimpleNamespace(trainer=trainer)
     return strategy, health
 
@@ -89,3 +89,21 @@ def test_an_error_of_this_rank_is_told_to_the_others() -> None:
     assert kind == "error"
     assert text.startswith("rank 0 raised ValueError")
     assert "a fault" in text
+
+
+def test_who_has_received_a_signal_itself_does_not_name_another(caplog: pytest.LogCaptureFixture) -> None:
+    """Of all that have received it, the first one has told the others."""
+    for told in (False, True):
+        failure = RunFailedError("sigterm", "rank 1 received SIGTERM")
+        strategy, health = make(failure)
+        strategy._local_rank = 0
+        exception: BaseException = SIGTERMException()
+        if told:
+            with pytest.raises(SIGTERMException) as caught:
+                strategy._guard(health.blame)
+            exception = caught.value
+        caplog.clear()
+        strategy.on_exception(exception)
+        (record,) = caplog.records
+        assert record.getMessage() == f"rank {int(told)} received SIGTERM: the run ends, on all ranks"
+        assert health.told == []

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_stale.pipeline import transfer
+from lightning_stale.pipeline import pieces
 from tests.integration.harness import run_workers
 from tests.integration.models import assert_equal
 
@@ -41,7 +41,7 @@ def value_of(rank: int) -> dict[str, Any]:
 
 def exchange(rank: int) -> tuple[Any, Any, list[int]]:
     dist.init_process_group("gloo", rank=rank, world_size=int(os.environ["WORLD_SIZE"]))
-    transfer.PIECE_BYTES = 1000
+    pieces.PIECE_BYTES = 1000
     sizes: list[int] = []
     original = dist.send
 
@@ -51,9 +51,9 @@ def exchange(rank: int) -> tuple[Any, Any, list[int]]:
 
     dist.send = send
     mine = value_of(rank)
-    gathered = transfer.gather(transfer.Packed(mine), mine, CPU)
+    gathered = pieces.gather(pieces.Packed(mine), mine, CPU)
     values = [value_of(10 + other) for other in range(3)] if rank == 0 else None
-    entry = transfer.spread([transfer.Packed(value) for value in values or ()], values, CPU)
+    entry = pieces.spread([pieces.Packed(value) for value in values or ()], values, CPU)
     dist.destroy_process_group()
     return gathered, entry, sizes
 
@@ -79,12 +79,12 @@ def test_a_value_arrives_as_it_was(tmp_path: Path) -> None:
 
 def test_what_cannot_be_pickled_fails_before_anybody_waits() -> None:
     with pytest.raises((AttributeError, TypeError, Exception), match=r"pickle|local"):
-        transfer.Packed({"function": lambda: None})
+        pieces.Packed({"function": lambda: None})
 
 
 def test_a_copy_with_other_tensors() -> None:
     value = value_of(0)
-    packed = transfer.Packed(value)
+    packed = pieces.Packed(value)
     copied = packed.unpack([tensor + 1 if tensor.dtype == torch.float32 else tensor for tensor in packed.tensors])
     assert torch.equal(copied["large"], value["large"] + 1)
     assert copied["again"][0] is copied["large"]
