@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_stale.pipeline.tracing import explain, trace
 
 
 class CannotCutError(ValueError):
@@ -28,6 +29,11 @@ def unwrap(module: nn.Module) -> nn.Module:
     original = getattr(module, "_orig_mod", module)
     assert isinstance(original, nn.Module)
     return original
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` or ``module.compile()`` has been used on it."""
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 
 
 def find_body(model: nn.Module, name: str | None, sequential: bool) -> str:
@@ -170,13 +176,16 @@ def cut_traced(body: nn.Module, names: Sequence[str], label: str) -> list[nn.Mod
                 f"split={list(names)}: {name!r} is not a submodule of {label}; it has "
                 f"{', '.join(repr(path) for path, _ in body.named_children())}"
             )
+    for name in names:
+        _check_not_within_compiled(body, name, label)
     try:
-        training, evaluating = (_trace(body, training) for training in (True, False))
+        training, evaluating = (trace(body, names, training) for training in (True, False))
     except Exception as error:
+        cause, cure = explain(error, body)
         raise CannotCutError(
-            f"{label} ({type(body).__name__}) cannot be traced by torch.fx: {error}. Its forward branches on values; "
-            "write it as an nn.Sequential, cut a submodule without branches (DSPStrategy(module=...)), or define "
-            "configure_stages() in the LightningModule"
+            f"split={list(names)}: {label} ({type(body).__name__}) cannot be traced by torch.fx: {cause}. To have it "
+            f"cut, {cure}; or write it as an nn.Sequential, cut another module (DSPStrategy(module=...)), or define configure_stages() "
+            "in the LightningModule"
         ) from error
     blocks = _blocks(body, training, names, label)
     if str(training) == str(evaluating):
@@ -184,8 +193,15 @@ def cut_traced(body: nn.Module, names: Sequence[str], label: str) -> list[nn.Mod
     return [_TwoModes(body, *both) for both in zip(blocks, _blocks(body, evaluating, names, label), strict=True)]
 
 
-class _Tracer(fx.Tracer):
-    proxy_buffer_attributes = True  # a causal mask is cut to the length of its input
+def _check_not_within_compiled(body: nn.Module, name: str, label: str) -> None:
+    parts = name.split(".")
+    for path in (".".join(parts[:length]) for length in range(1, len(parts))):
+        module = body.get_submodule(path)
+        if is_compiled(module):
+            raise CannotCutError(
+                f"split: {name!r} lies within {path!r} of {label}, which is compiled as one: let the block start at "
+                f"{path!r}, or compile the submodules of {path!r} instead"
+            )
 
 
 class _TwoModes(nn.Module):
@@ -198,23 +214,6 @@ class _TwoModes(nn.Module):
 
     def forward(self, *features: Any) -> Any:
         return (self.as_trained if self._body[0].training else self.as_evaluated)(*features)
-
-
-def _trace(body: nn.Module, training: bool) -> fx.Graph:
-    """Trace ``body`` in one of its modes; arguments with a default have that value."""
-    modes = [(module, module.training) for module in body.modules()]
-    defaults = {
-        name: parameter.default
-        for name, parameter in inspect.signature(body.forward).parameters.items()
-        if parameter.default is not parameter.empty
-    }
-    try:
-        if body.training != training:  # or else as it is: parts of it may be frozen
-            body.train(training)
-        return _Tracer().trace(body, concrete_args=defaults)
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _blocks(body: nn.Module, graph: fx.Graph, names: Sequence[str], label: str) -> list[nn.Module]:
