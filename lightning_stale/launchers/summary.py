@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+from lightning_stale.launchers.job import leave_group_of_one
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -12,6 +15,12 @@ if TYPE_CHECKING:
 
 class SummaryLauncher(_MultiProcessingLauncher):
     """Lightning's spawn and fork launcher; brings ``strategy.summary()`` of rank 0 back to the main process."""
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
+        if trainer is not None:
+            trainer.strategy.check_before_launch(trainer)  # type: ignore[attr-defined]
+        leave_group_of_one()
+        return super().launch(function, *args, trainer=trainer, **kwargs)
 
     def get_extra_results(self, trainer: Trainer) -> dict[str, Any]:
         return {**super().get_extra_results(trainer), "summary": trainer.strategy.summary()}  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What a forward demands of its inputs (``assert t <= self.length``) is no branch: it can be traced, and checked later."""
+"""What a forward demands of its inputs (``assert t <= self.length``) is no branch: it is traced, and checked later."""
 
 from __future__ import annotations
 

@@ -67,6 +67,31 @@ def find_body(model: nn.Module, name: str | None, sequential: bool) -> str:
     return best
 
 
+def resolve(model: nn.Module, name: str | None, names: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the name of the module to cut, and ``names`` relative to it.
+
+    Args:
+        model: the LightningModule.
+        name: what the user has asked for; by default :func:`find_body` chooses.
+        names: of the submodules that start a block, from the root of ``model`` or relative to the module to cut.
+    """
+    names = [start.replace("_orig_mod.", "") for start in names]
+    if name is None and names:
+        roots = {start.partition(".")[0] for start in names if "." in start}
+        children = dict(model.named_children())
+        chosen = find_body(model, None, sequential=False)
+        if not _are_within(unwrap(children[chosen]), names) and len(roots) == 1 and roots <= children.keys():
+            (name,) = roots
+    path = find_body(model, name, sequential=not names)
+    body = unwrap(model.get_submodule(path))
+    relative = [start.removeprefix(f"{path}.") for start in names]
+    return path, relative if not _are_within(body, names) and _are_within(body, relative) else list(names)
+
+
+def _are_within(body: nn.Module, names: Sequence[str]) -> bool:
+    return set(names) <= {path for path, _ in body.named_modules()}
+
+
 def cut_points(costs: Sequence[float], stages: int) -> list[int]:
     """Return where each further block starts, so that the most expensive block costs least.
 
@@ -171,21 +196,20 @@ def cut_traced(body: nn.Module, names: Sequence[str], label: str) -> list[nn.Mod
     """
     modules = dict(body.named_modules())
     for name in names:
+        _check_not_within_compiled(body, name, label)
         if name not in modules:
             raise CannotCutError(
                 f"split={list(names)}: {name!r} is not a submodule of {label}; it has "
                 f"{', '.join(repr(path) for path, _ in body.named_children())}"
             )
-    for name in names:
-        _check_not_within_compiled(body, name, label)
     try:
         training, evaluating = (trace(body, names, training) for training in (True, False))
     except Exception as error:
         cause, cure = explain(error, body)
         raise CannotCutError(
             f"split={list(names)}: {label} ({type(body).__name__}) cannot be traced by torch.fx: {cause}. To have it "
-            f"cut, {cure}; or write it as an nn.Sequential, cut another module (DSPStrategy(module=...)), or define configure_stages() "
-            "in the LightningModule"
+            f"cut, {cure}; or write it as an nn.Sequential, cut another module (DSPStrategy(module=...)), or define "
+            "configure_stages() in the LightningModule"
         ) from error
     blocks = _blocks(body, training, names, label)
     if str(training) == str(evaluating):
@@ -194,14 +218,17 @@ def cut_traced(body: nn.Module, names: Sequence[str], label: str) -> list[nn.Mod
 
 
 def _check_not_within_compiled(body: nn.Module, name: str, label: str) -> None:
-    parts = name.split(".")
-    for path in (".".join(parts[:length]) for length in range(1, len(parts))):
-        module = body.get_submodule(path)
-        if is_compiled(module):
+    module: Any = body
+    path = ""
+    for part in name.split("."):
+        if path and is_compiled(module):
             raise CannotCutError(
                 f"split: {name!r} lies within {path!r} of {label}, which is compiled as one: let the block start at "
                 f"{path!r}, or compile the submodules of {path!r} instead"
             )
+        module, path = getattr(module, part, None), f"{path}.{part}".lstrip(".")
+        if not isinstance(module, nn.Module):
+            return
 
 
 class _TwoModes(nn.Module):

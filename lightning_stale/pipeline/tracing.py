@@ -1,4 +1,4 @@
-"""Trace as little of a model as a cut needs: the forwards on the way to the named submodules, and nothing within others.
+"""Trace as little of a model as a cut needs: the forwards on the way to the named submodules.
 
 What holds none of the names is called as it is, so that it may branch, loop, be compiled, pack sequences, or come from
 another library.
@@ -96,10 +96,7 @@ def keep_default(value: object, name: str, default: str) -> None:
     Raises:
         ValueError: with what to write.
     """
-    if default == "nothing":
-        same = not value
-    else:
-        same = not isinstance(value, torch.Tensor) and repr(value) == default
+    same = not isinstance(value, torch.Tensor) and (repr(value) == default if default != "nothing" else not value)
     if not same:
         found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
         raise ValueError(
@@ -150,7 +147,7 @@ def _cause(error: BaseException, line: str, body: nn.Module) -> str:
     if "dynamo-optimized" in text:
         return "its forward calls what torch.compile has made"
     if _various(body):
-        return f"its forward takes {', '.join(_various(body))}, and only arguments that have names are known ({_brief(error)})"
+        return f"its forward takes {', '.join(_various(body))}, and only what has a name is known ({_brief(error)})"
     return f"its forward does what torch.fx cannot follow ({_brief(error)})"
 
 

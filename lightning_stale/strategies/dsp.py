@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
@@ -32,8 +33,11 @@ from lightning_stale.pipeline.stage import Block, Stage, check_disjoint, tensors
 from lightning_stale.pipeline.staleness import Staleness
 from lightning_stale.strategies import internals
 from lightning_stale.strategies.cut import Split, cut_model, outside, positional
+from lightning_stale.strategies.predictions import share_predictions
 from lightning_stale.strategies.relay import MetricsRelay
 from lightning_stale.strategies.replica import SingleReplicaStrategy
+
+_GRADIENT_HOOKS = ("on_after_backward", "on_before_optimizer_step")
 
 
 class _StageDoneError(Exception):
@@ -49,7 +53,8 @@ class DSPStrategy(SingleReplicaStrategy):
     checkpoints are.
 
     Args:
-        stages: the number of blocks; by default one per device. With one device they are virtual, and compute the same.
+        stages: the number of blocks; by default as ``split`` says, or one per device. With one device they are virtual,
+            and compute the same.
         staleness: ``"dsp"`` (``m_k = 2(K-1-k)``), ``"minimal"`` (``K-1-k``), ``"bp"`` (0: back-propagation), or ``m``.
         queues: how many features may wait between two stages, one number per stage, the last 0.
         recompute: keep inputs only and run each block again before its backward (the paper's), or keep the graph.
@@ -70,6 +75,8 @@ class DSPStrategy(SingleReplicaStrategy):
         >>> trainer.strategy
         DSPStrategy(stages=3, staleness='dsp', split='params')
     """
+
+    _registered = "dsp"
 
     def __init__(
         self,
@@ -92,6 +99,13 @@ class DSPStrategy(SingleReplicaStrategy):
                 f"split={split!r}: write 'params', 'time', where blocks start (split=[3, 6]), or the names of the "
                 "submodules that start a block (split=['layer2', 'layer3'])"
             )
+        if not isinstance(split, str) and split:
+            if stages is not None and stages != len(split) + 1:
+                raise ValueError(
+                    f"split={list(split)} makes {len(split) + 1} blocks for {stages} stages: write stages="
+                    f"{len(split) + 1} (and as many numbers in staleness), or {stages - 1} starts in split"
+                )
+            stages = len(split) + 1
         Staleness.of(staleness, stages or 3, queues)  # so that an error comes early
         self.stages, self.staleness, self.queues, self.recompute = stages, staleness, queues, recompute
         self.module, self.split = module, split
@@ -100,6 +114,7 @@ class DSPStrategy(SingleReplicaStrategy):
         self._part: Part | None = None
         self._count, self._mine, self._built_on_meta = 0, range(0), False
         self._mesh: DeviceMesh | None = None
+        self._owner: nn.Module | None = None  # whose forward the blocks replace
         self._calls: int | None = None  # of the body, in a step
         self._since_step = 0
         self._summary: dict[str, Any] = {"staleness": (), "stages": []}
@@ -129,7 +144,7 @@ class DSPStrategy(SingleReplicaStrategy):
             raise MisconfigurationException(
                 "split='time' cannot measure a model on the meta device: write split='params', or where blocks start"
             )
-        _, self._blocks = cut_model(module.trainer, self._count, self.module, self.split, self._undo_setup)
+        _, self._blocks = cut_model(module.trainer, self._count, self.module, self.split)
         materialize(module, self._own_names(), self.root_device)
         self._undo_setup.append(internals.skip_broadcast(module))
 
@@ -141,8 +156,8 @@ class DSPStrategy(SingleReplicaStrategy):
         stages = self.stages or self.world_size
         if stages % self.world_size:
             raise MisconfigurationException(
-                f"stages={stages} on {self.world_size} devices: write a multiple of the number of devices, or "
-                "devices=1 for virtual stages"
+                f"stages={stages} on {self.world_size} devices: write a multiple of {self.world_size}, e.g. "
+                f"stages={self.world_size}{self._as_many_starts()}, or devices=1 for virtual stages"
             )
         per_rank = stages // self.world_size
         first = (self.world_size - 1 - self.global_rank) * per_rank  # the last stage is on rank 0
@@ -157,6 +172,11 @@ class DSPStrategy(SingleReplicaStrategy):
             self.precision_plugin.clip_gradients = self._clip_per_block  # type: ignore[method-assign]
             self._undo_setup.append(lambda: self.precision_plugin.__dict__.pop("clip_gradients", None))
             self._drain_before_eval(trainer)
+
+    def _as_many_starts(self) -> str:
+        if isinstance(self.split, str):
+            return ""
+        return f" with {self.world_size - 1} instead of {len(self.split)} starts in split"
 
     def _drain_before_eval(self, trainer: Trainer) -> None:
         """Meet before the model is put in eval mode for validation: what is left of the batches is training."""
@@ -179,6 +199,11 @@ class DSPStrategy(SingleReplicaStrategy):
             share_order(dataloader, internals.batch_sampler(dataloader))
         return dataloader
 
+    def check_before_launch(self, trainer: Trainer) -> None:
+        super().check_before_launch(trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._check(trainer)
+
     def _check(self, trainer: Trainer) -> None:
         module = trainer.lightning_module
         if not module.automatic_optimization:
@@ -196,7 +221,8 @@ class DSPStrategy(SingleReplicaStrategy):
         module = trainer.lightning_module
         stages, mine = self._count, self._mine
         staleness = Staleness.of(self.staleness, stages, self.queues)
-        owner, self._blocks = cut_model(trainer, stages, self.module, self.split, self._undo_setup)
+        owner, self._blocks = cut_model(trainer, stages, self.module, self.split)
+        self._owner = owner
         check_disjoint(self._blocks, outside(module, owner))
         links: dict[str, Channel] = {}
         if self.world_size > 1:
@@ -228,8 +254,9 @@ class DSPStrategy(SingleReplicaStrategy):
             ],
         }
         arguments = positional(owner)
-        owner.forward = lambda *args, **kwargs: self._forward(arguments(*args, **kwargs))
-        self._undo_setup.append(lambda: owner.__dict__.pop("forward", None))
+        self._undo_setup.append(
+            internals.replace_forward(module, owner, lambda *args, **kwargs: self._forward(arguments(*args, **kwargs)))
+        )
         if self.world_size > 1:
             readable = constant_names(module, [block.module for block in self._blocks])
             trained = self.optimizers if trainer.state.fn == TrainerFn.FITTING else []  # or left from the last fit
@@ -249,7 +276,9 @@ class DSPStrategy(SingleReplicaStrategy):
         )
 
     def _share_results(self, trainer: Trainer) -> None:
-        """Let ``trainer.validate()`` and ``test()`` return the metrics of rank 0 everywhere."""
+        """Let ``trainer.validate()``, ``test()`` and ``predict()`` return the results of rank 0 everywhere."""
+        if trainer.predicting:
+            self._undo_setup.extend(share_predictions(trainer))
         if trainer.evaluating:
             loop = trainer.test_loop if trainer.testing else trainer.validate_loop
             run = loop.run
@@ -304,17 +333,32 @@ class DSPStrategy(SingleReplicaStrategy):
             yield
         except _StageDoneError:
             pass
+        except (RuntimeError, NotImplementedError) as error:
+            if self._calls == 0 and self.world_size > 1 and "meta" in str(error):  # another rank's part of the model
+                raise MisconfigurationException(self._call_what_was_cut()) from error
+            raise
         finally:
             self._calls = None
+
+    def _call_what_was_cut(self) -> str:
+        assert self.lightning_module is not None
+        path = next(path for path, module in self.lightning_module.named_modules() if module is self._owner)
+        if not path:
+            return (
+                "a step did not call self(...), whose forward the blocks of configure_stages() replace: write self(x) "
+                "instead of, say, self.net(x) in training_step, validation_step, test_step and predict_step"
+            )
+        return (
+            f"a step did not call self.{path.replace('_orig_mod.', '')}(...), the module that was cut: call it as a "
+            "whole, or name the one that is called, DSPStrategy(module=...)"
+        )
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         output: Any = torch.zeros((), device=self.root_device, requires_grad=True)
         with self._step():
             output = super().training_step(*args, **kwargs)
             if not self._calls:
-                raise MisconfigurationException(
-                    "training_step did not call the module that was cut: name the right one, DSPStrategy(module=...)"
-                )
+                raise MisconfigurationException(self._call_what_was_cut())
         if output is None:
             raise MisconfigurationException(
                 "training_step returned None after the stages had run the batch: return a loss, e.g. 0 * loss"
@@ -335,7 +379,17 @@ class DSPStrategy(SingleReplicaStrategy):
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         result = super().optimizer_step(optimizer, closure, model, **kwargs)
         self._since_step = 0
+        self._warn_of_gradients()
         return result
+
+    def _warn_of_gradients(self) -> None:
+        assert self.lightning_module is not None
+        if self.world_size > 1 and internals.logs_in(self.lightning_module.trainer, _GRADIENT_HOOKS):
+            rank_zero_warn(
+                f"what {' and '.join(_GRADIENT_HOOKS)} log of gradients, such as their norm, is that of the last stage "
+                "alone: the gradients of the others are on other ranks. DSPStrategy(stages="
+                f"{self._count}) with Trainer(devices=1) has them all"
+            )
 
     def meet(self, place: str) -> None:
         """Drain the pipeline: every batch has then updated every block once."""
@@ -430,7 +484,7 @@ class DSPStrategy(SingleReplicaStrategy):
             fn = self.lightning_module._trainer and self.lightning_module.trainer.state
             ended_well = fn and not self.lightning_module.trainer.interrupted  # validate, test or predict
             put_back(self.lightning_module, self._part.values() if ended_well and self._part is not None else {})
-        self._part, self._blocks, self._mesh = None, [], None
+        self._part, self._blocks, self._mesh, self._owner = None, [], None, None
         super().teardown()
 
     def summary(self) -> dict[str, Any]:

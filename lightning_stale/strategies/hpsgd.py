@@ -54,6 +54,8 @@ class HPSGDStrategy(PeerStrategy):
 
     _steps_locally = True
 
+    _registered = "hpsgd"
+
     def __init__(
         self,
         *,

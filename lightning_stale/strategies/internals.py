@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.callbacks.timer import Interval
 from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.trainer.connectors import accelerator_connector
 from torch.distributed.distributed_c10d import Store, Work, _get_default_store
 from torch.utils.data import DataLoader
 
@@ -94,9 +96,9 @@ def validates_by_time(trainer: Trainer) -> bool:
     return trainer._val_check_time_interval is not None  # type: ignore[attr-defined]
 
 
-def limits_time(callback: Timer) -> bool:
-    """Whether ``callback`` ends training, and does not only measure."""
-    return callback._duration is not None
+def limits_time_by_batch(callback: Timer) -> bool:
+    """Whether ``callback`` may end training after each batch, and not at the end of an epoch, or never."""
+    return callback._duration is not None and callback._interval == Interval.step
 
 
 def saves_by_time(callback: ModelCheckpoint) -> bool:
@@ -108,6 +110,16 @@ def saves_now(callback: Callback, trainer: Trainer) -> bool:
     """Whether ``callback`` may save a checkpoint at the end of this training batch."""
     steps = callback._every_n_train_steps if isinstance(callback, ModelCheckpoint) else 0
     return steps >= 1 and trainer.global_step % steps == 0
+
+
+def logs_in(trainer: Trainer, hooks: Sequence[str]) -> bool:
+    """Whether one of ``hooks`` has logged something in this epoch."""
+    return any(key.startswith(f"{hook}.") for key in trainer._results or () for hook in hooks)
+
+
+def in_notebook() -> bool:
+    """Whether this process is a notebook's, or another interactive one, as Lightning sees it."""
+    return bool(accelerator_connector._IS_INTERACTIVE)  # type: ignore[attr-defined]
 
 
 def current_hook(module: LightningModule) -> str | None:
@@ -128,6 +140,42 @@ def batch_sampler(loader: DataLoader[Any]) -> Any:
     return getattr(loader.batch_sampler, "_batch_sampler", loader.batch_sampler)
 
 
+def compiler(module: torch.nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
+    """Return what compiles a function as ``torch.compile(module)`` or ``module.compile()`` has compiled ``module``."""
+    whole = getattr(module, "_compiler_ctx", None)  # a LightningModule that the Trainer was given compiled
+    context: Any = whole["dynamo_ctx"] if whole is not None else getattr(module, "dynamo_ctx", None)
+    call: Any = module._compiled_call_impl
+    if context is None and call is not None:
+        context = dict(zip(call.__code__.co_freevars, call.__closure__, strict=True))["self"].cell_contents
+    return None if context is None else context
+
+
+def replace_forward(model: torch.nn.Module, owner: torch.nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
+    """Let a call of ``owner`` be one of ``forward``, which is not compiled; return what undoes it.
+
+    Args:
+        model: the LightningModule.
+        owner: the module that was cut; wrappers that ``torch.compile`` has put around it call ``forward`` too.
+        forward: the new one.
+    """
+    forward = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
+    modules = [owner, *(module for module in model.modules() if getattr(module, "_orig_mod", None) is owner)]
+    names = ("forward", "_compiled_call_impl")
+    before: list[tuple[torch.nn.Module, dict[str, Any]]] = [
+        (module, {name: vars(module)[name] for name in names if name in vars(module)}) for module in modules
+    ]
+    for module in modules:
+        vars(module).pop("_compiled_call_impl", None)
+        vars(module)["forward"] = forward
+
+    def undo() -> None:
+        for module, attributes in before:
+            vars(module).pop("forward", None)
+            vars(module).update(attributes)
+
+    return undo
+
+
 class _CapturedError(Exception):
     """Breaks off a training step once the input of a module is known."""
 
@@ -143,12 +191,12 @@ def first_input(trainer: Trainer, module: torch.nn.Module) -> Any:
 
     with torch.random.fork_rng():
         batch = trainer.strategy.batch_to_device(next(iter(loader)), dataloader_idx=0)
-        module.forward = capture
+        undo = replace_forward(trainer.lightning_module, module, capture)
         try:
             with trainer.precision_plugin.train_step_context():
                 trainer.lightning_module.training_step(batch, 0)
         except _CapturedError:
             pass
         finally:
-            del module.__dict__["forward"]
+            undo()
     return captured[0]
