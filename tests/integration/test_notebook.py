@@ -35,7 +35,8 @@ for name in ("dssp", "dsp", "hpsgd"):
     """
 model = Regression()
 print("pushes", fit(2, "dssp_notebook", model)["updates"])
-print("again", fit(2, "dssp_notebook", model)["updates"], not torch.equal(model.net[0].weight, Regression().net[0].weight))
+moved = not torch.equal(model.net[0].weight, Regression().net[0].weight)
+print("again", fit(2, "dssp_notebook", model)["updates"], moved)
 """,
     """
 print("rounds", fit(2, "hpsgd_notebook", Regression())["workers"][1]["steps"])
