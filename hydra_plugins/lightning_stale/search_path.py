@@ -1,4 +1,4 @@
-"""Makes the groups ``trainer/strategy`` and ``adaptation`` known to every Hydra app."""
+"""Makes the groups ``trainer/strategy`` and ``adaptation``, and the strategies' names, known to every Hydra app."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+from hydra_plugins.lightning_stale.names import register_names
 
 
 class LightningStaleSearchPath(SearchPathPlugin):
@@ -17,7 +19,8 @@ class LightningStaleSearchPath(SearchPathPlugin):
     """
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Append the folder ``lightning_stale/conf``."""
+        """Append the folder ``lightning_stale/conf``, and have the names of the strategies known."""
+        register_names()
         package = find_spec("lightning_stale")
         for folder in (package and package.submodule_search_locations) or ():
             if (Path(folder) / "conf").is_dir():

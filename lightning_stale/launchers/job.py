@@ -41,6 +41,15 @@ def destroy_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
+def leave_group_of_one() -> None:
+    """End what a run on one device has left in this process: ranks that it forks would take it for their own."""
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() == 1:
+        torch.distributed.destroy_process_group()
+    if os.environ.get("WORLD_SIZE") == "1":
+        for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
+
+
 class Job:
     """A Hydra job, from its first Trainer on."""
 

@@ -18,8 +18,15 @@ _DEATH_S = 10.0
 class ScriptLauncher(_SubprocessScriptLauncher):
     """Lightning's launcher by popen; in a Hydra job, each rank gets the job's config, and ends with the job."""
 
-    def launch(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return launch(self, function, *args, **kwargs)
+    @property
+    def is_interactive_compatible(self) -> bool:
+        """Whether a notebook can use it: one rank is the notebook's own process, and there is no script to run."""
+        return self.num_processes * self.num_nodes == 1
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        if trainer is not None:
+            trainer.strategy.check_before_launch(trainer)
+        return launch(self, function, *args, trainer=trainer, **kwargs)
 
 
 def launch(

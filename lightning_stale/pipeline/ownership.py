@@ -170,11 +170,6 @@ def tensors_named(model: nn.Module) -> set[str]:
     return {name for name, _ in _tensors(model)}
 
 
-def renamed(before: Sequence[str], after: Sequence[str]) -> dict[str, str]:
-    """Return the names of now, where they are others, and what they were: a wrapper was put aside between the two."""
-    return {new: old for old, new in zip(before, after, strict=True) if new != old}
-
-
 def gather_everywhere(value: Any) -> list[Any]:
     """Return ``value`` of every rank, on all ranks."""
     values: list[Any] = [None] * dist.get_world_size()

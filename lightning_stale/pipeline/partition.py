@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from lightning_stale.pipeline.strides import copied
+from lightning_stale.pipeline.tracing import explain, traces
 from lightning_stale.pipeline.values import map_tensors, tensors
 
 
@@ -31,6 +31,11 @@ def unwrap(module: nn.Module) -> nn.Module:
     original = getattr(module, "_orig_mod", module)
     assert isinstance(original, nn.Module)
     return original
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` or ``module.compile()`` has been used on it."""
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 
 
 def find_body(model: nn.Module, name: str | None, sequential: bool) -> str:
@@ -62,6 +67,31 @@ def find_body(model: nn.Module, name: str | None, sequential: bool) -> str:
         )
     best: str = max(candidates, key=lambda path: count_parameters(modules[path]))
     return best
+
+
+def resolve(model: nn.Module, name: str | None, names: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the name of the module to cut, and ``names`` relative to it.
+
+    Args:
+        model: the LightningModule.
+        name: what the user has asked for; by default :func:`find_body` chooses.
+        names: of the submodules that start a block, from the root of ``model`` or relative to the module to cut.
+    """
+    names = [start.replace("_orig_mod.", "") for start in names]
+    if name is None and names:
+        roots = {start.partition(".")[0] for start in names if "." in start}
+        children = dict(model.named_children())
+        chosen = find_body(model, None, sequential=False)
+        if not _are_within(unwrap(children[chosen]), names) and len(roots) == 1 and roots <= children.keys():
+            (name,) = roots
+    path = find_body(model, name, sequential=not names)
+    body = unwrap(model.get_submodule(path))
+    relative = [start.removeprefix(f"{path}.") for start in names]
+    return path, relative if not _are_within(body, names) and _are_within(body, relative) else list(names)
+
+
+def _are_within(body: nn.Module, names: Sequence[str]) -> bool:
+    return set(names) <= {path for path, _ in body.named_modules()}
 
 
 def cut_points(costs: Sequence[float], stages: int) -> list[int]:
@@ -184,17 +214,19 @@ def cut_traced(body: nn.Module, names: Sequence[str], label: str) -> list[nn.Mod
     """
     modules = dict(body.named_modules())
     for name in names:
+        _check_not_within_compiled(body, name, label)
         if name not in modules:
             raise CannotCutError(
                 f"split={list(names)}: {name!r} is not a submodule of {label}; it has "
                 f"{', '.join(repr(path) for path, _ in body.named_children())}"
             )
     try:
-        training, evaluating = _traced(body, names)
+        training, evaluating = traces(body, names)
     except Exception as error:
+        cause, cure = explain(error, body)
         raise CannotCutError(
-            f"{label} ({type(body).__name__}) cannot be traced by torch.fx: {error}. Its forward branches on values; "
-            "write it as an nn.Sequential, cut a submodule without branches (DSPStrategy(module=...)), or define "
+            f"split={list(names)}: {label} ({type(body).__name__}) cannot be traced by torch.fx: {cause}. To have it "
+            f"cut, {cure}; or write it as an nn.Sequential, cut another module (DSPStrategy(module=...)), or define "
             "configure_stages() in the LightningModule"
         ) from error
     blocks = _blocks(body, training.graph, names, label)
@@ -204,32 +236,18 @@ def cut_traced(body: nn.Module, names: Sequence[str], label: str) -> list[nn.Mod
     return [_TwoModes(training.modes, evaluating.modes, *both) for both in zip(blocks, as_evaluated, strict=True)]
 
 
-class _Tracer(fx.Tracer):
-    """Traces through the modules in which a block starts, or (``names``: None) through all but torch's own.
-
-    What is not traced runs as it was written: it may branch, and ask for ``self.training``.
-    """
-
-    proxy_buffer_attributes = True  # a causal mask is cut to the length of its input
-
-    def __init__(self, names: Sequence[str] | None) -> None:
-        super().__init__()
-        self._names = names
-        self.through: list[nn.Module] = []
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if self._names is None:
-            leaf = super().is_leaf_module(m, module_qualified_name)
-        else:
-            leaf = not any(name.startswith(f"{module_qualified_name}.") for name in self._names)
-        if not leaf:
-            self.through.append(m)
-        return leaf
-
-
-class _Trace(NamedTuple):
-    graph: fx.Graph
-    modes: list[tuple[nn.Module, bool]]  # of the modules that were traced through
+def _check_not_within_compiled(body: nn.Module, name: str, label: str) -> None:
+    module: Any = body
+    path = ""
+    for part in name.split("."):
+        if path and is_compiled(module):
+            raise CannotCutError(
+                f"split: {name!r} lies within {path!r} of {label}, which is compiled as one: let the block start at "
+                f"{path!r}, or compile the submodules of {path!r} instead"
+            )
+        module, path = getattr(module, part, None), f"{path}.{part}".lstrip(".")
+        if not isinstance(module, nn.Module):
+            return
 
 
 class _TwoModes(nn.Module):
@@ -258,33 +276,6 @@ class _TwoModes(nn.Module):
             "model was cut, and the forward around it asks for self.training: put it there before fit, or define "
             "configure_stages() in the LightningModule"
         )
-
-
-def _traced(body: nn.Module, names: Sequence[str]) -> tuple[_Trace, _Trace]:
-    """Trace ``body`` in train and in eval mode."""
-    try:
-        return _trace(body, True, names), _trace(body, False, names)
-    except Exception:  # it uses the result of a submodule in a way that asks what it is
-        return _trace(body, True, None), _trace(body, False, None)
-
-
-def _trace(body: nn.Module, training: bool, names: Sequence[str] | None) -> _Trace:
-    """Trace ``body`` in one of its modes; arguments with a default have that value."""
-    modes = [(module, module.training) for module in body.modules()]
-    defaults = {
-        name: parameter.default
-        for name, parameter in inspect.signature(body.forward).parameters.items()
-        if parameter.default is not parameter.empty
-    }
-    try:
-        if body.training != training:  # or else as it is: parts of it may be frozen
-            body.train(training)
-        tracer = _Tracer(names)
-        graph = tracer.trace(body, concrete_args=defaults)
-        return _Trace(graph, [(module, module.training) for module in [body, *tracer.through]])
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _blocks(body: nn.Module, graph: fx.Graph, names: Sequence[str], label: str) -> list[nn.Module]:

@@ -221,7 +221,9 @@ def check_disjoint(blocks: Sequence[Block], outside: Iterable[tuple[str, nn.Para
             if first != k:
                 raise ValueError(
                     f"blocks {first} and {k} share a parameter ({other!r} and {name!r}), and each block has its own "
-                    "optimizer: choose a split that keeps both in one block, or do not share it"
+                    f"optimizer: untie them (model.{name} = nn.Parameter(model.{other}.detach().clone()); for a "
+                    "Hugging Face model tie_word_embeddings=False in its config), or choose a split that keeps both in "
+                    "one block"
                 )
     for name, parameter in outside:
         if id(parameter) in owner:

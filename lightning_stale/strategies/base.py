@@ -24,7 +24,14 @@ from lightning_stale.launchers import ScriptLauncher, SummaryLauncher
 from lightning_stale.launchers.job import current_job, destroy_process_group
 from lightning_stale.strategies import internals
 from lightning_stale.strategies.buffers import Versioned, agree_on_buffers, agree_on_changed
-from lightning_stale.strategies.checks import check_device, check_model, check_optimizers, check_trainer
+from lightning_stale.strategies.checks import (
+    check_batch_norm,
+    check_device,
+    check_model,
+    check_notebook,
+    check_optimizers,
+    check_trainer,
+)
 from lightning_stale.strategies.meeting import MeetingPoints
 from lightning_stale.strategies.twin import refuse_environment
 
@@ -49,6 +56,8 @@ class StaleStrategy(DDPStrategy):
         accelerator, cluster_environment, checkpoint_io, precision_plugin: as in ``DDPStrategy``.
     """
 
+    _registered = ""
+    """The name that stands for it in ``Trainer(strategy=...)``."""
     _steps_locally = False
     """Whether a worker's own optimizer takes its steps, as a plain Trainer would, with gradients that nobody needs."""
 
@@ -102,6 +111,13 @@ class StaleStrategy(DDPStrategy):
             self._launcher = ScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
         else:
             self._launcher = SummaryLauncher(self, start_method=self._start_method)
+        check_notebook(self._launcher.is_interactive_compatible, type(self).__name__, f"{self._registered}_notebook")
+
+    def check_before_launch(self, trainer: Trainer) -> None:
+        """Refuse what no rank could run before any of them is started; :meth:`setup` checks it all again."""
+        if trainer.state.fn == TrainerFn.FITTING and self.lightning_module is not None:
+            check_trainer(trainer)
+            check_batch_norm(self.lightning_module, self._layer_sync is not None)
 
     def setup_environment(self) -> None:
         """Set up the process group as DDP does, and see to it that it is destroyed before the interpreter is.

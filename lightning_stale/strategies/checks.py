@@ -21,11 +21,13 @@ def check_trainer(trainer: Trainer) -> None:
         MisconfigurationException: names the argument, and the one to use.
     """
     if any(
-        isinstance(callback, Timer) and internals.limits_time(callback) for callback in internals.callbacks(trainer)
+        isinstance(callback, Timer) and internals.limits_time_by_batch(callback)
+        for callback in internals.callbacks(trainer)
     ):
         raise MisconfigurationException(
             "Trainer(max_time=...) and the Timer callback make all workers meet at every batch, which bounded "
-            "staleness is there to avoid: write Trainer(max_steps=...) or Trainer(max_epochs=...)"
+            "staleness is there to avoid: write Trainer(callbacks=[Timer(duration, interval='epoch')]), which ends "
+            "training at the end of an epoch, Trainer(max_steps=...) or Trainer(max_epochs=...)"
         )
     for callback in internals.callbacks(trainer):
         if isinstance(callback, ModelCheckpoint) and internals.saves_by_time(callback):
@@ -43,6 +45,24 @@ def check_trainer(trainer: Trainer) -> None:
         raise MisconfigurationException(
             "a val_check_interval in time lets the workers start validation at different batches, and they wait for "
             "each other for ever: write a number of batches or a fraction of the epoch, e.g. val_check_interval=0.5"
+        )
+
+
+def check_notebook(works: bool, strategy: str, name: str) -> None:
+    """Refuse, in a notebook, processes that run a script.
+
+    Args:
+        works: whether the strategy's launcher works in a notebook.
+        strategy: the name of its class.
+        name: the name to write instead.
+
+    Raises:
+        MisconfigurationException: with the name.
+    """
+    if internals.in_notebook() and not works:
+        raise MisconfigurationException(
+            f"a notebook has no script that further processes could run: write Trainer(strategy={name!r}), or with "
+            f"options {strategy}(..., start_method='fork'), before anything in it uses a GPU; or Trainer(devices=1)"
         )
 
 
@@ -70,13 +90,8 @@ def check_model(model: nn.Module, synchronizes_batch_norm: bool, sparse_gradient
     Raises:
         MisconfigurationException: names the module and the cure.
     """
+    check_batch_norm(model, synchronizes_batch_norm)
     for name, module in model.named_modules():
-        if isinstance(module, nn.SyncBatchNorm) or (synchronizes_batch_norm and _is_batch_norm(module)):
-            raise MisconfigurationException(
-                f"{name or 'the model'} is a SyncBatchNorm (or sync_batchnorm=True), which makes the workers meet in "
-                "every forward pass: write Trainer(sync_batchnorm=False) and plain BatchNorm, whose running statistics "
-                "are averaged before validation and checkpoints, or GroupNorm"
-            )
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and not sparse_gradients:
             raise MisconfigurationException(
                 f"{name} is an {type(module).__name__}(sparse=True), and sparse gradients cannot be pushed: write "
@@ -85,6 +100,25 @@ def check_model(model: nn.Module, synchronizes_batch_norm: bool, sparse_gradient
         if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
             raise MisconfigurationException(
                 f"{name} has parameters without a shape yet: run one batch through the model in configure_model()"
+            )
+
+
+def check_batch_norm(model: nn.Module, synchronizes_batch_norm: bool) -> None:
+    """Refuse batch norm over all workers.
+
+    Args:
+        model: the user's.
+        synchronizes_batch_norm: whether ``Trainer(sync_batchnorm=True)``.
+
+    Raises:
+        MisconfigurationException: names the module and the cure.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm) or (synchronizes_batch_norm and _is_batch_norm(module)):
+            raise MisconfigurationException(
+                f"{name or 'the model'} is a SyncBatchNorm (or sync_batchnorm=True), which makes the workers meet in "
+                "every forward pass: write Trainer(sync_batchnorm=False) and plain BatchNorm, whose running statistics "
+                "are averaged before validation and checkpoints, or GroupNorm"
             )
 
 

@@ -14,13 +14,12 @@ from torch import nn
 from lightning_stale.pipeline import partition
 from lightning_stale.pipeline.stage import Block
 from lightning_stale.strategies import internals
+from lightning_stale.strategies.compiled import compile_blocks
 
 Split = Literal["params", "time"] | Sequence[int] | Sequence[str]
 
 
-def cut_model(
-    trainer: Trainer, stages: int, name: str | None, split: Split, undo: list[Callable[[], None]]
-) -> tuple[nn.Module, list[Block]]:
+def cut_model(trainer: Trainer, stages: int, name: str | None, split: Split) -> tuple[nn.Module, list[Block]]:
     """Return the module that the blocks replace, and the blocks.
 
     Args:
@@ -28,7 +27,6 @@ def cut_model(
         stages: the number of blocks.
         name: of the module to cut.
         split: how.
-        undo: gets what must be done to put the model together again.
 
     Raises:
         CannotCutError: names the module, and the alternatives.
@@ -37,29 +35,40 @@ def cut_model(
     module = trainer.lightning_module
     configured = getattr(module, "configure_stages", None)
     if callable(configured):
-        blocks = configured()
-        if len(blocks) != stages:
+        made = configured()
+        if len(made) != stages:
             raise MisconfigurationException(
-                f"configure_stages() returned {len(blocks)} blocks for {stages} stages: write stages={len(blocks)}, or "
+                f"configure_stages() returned {len(made)} blocks for {stages} stages: write stages={len(made)}, or "
                 f"return {stages}"
             )
-        return module, [Block(block) for block in blocks]
+        owner: nn.Module = module
+        path, blocks = "", [Block(block) for block in made]
+    else:
+        owner, path, blocks = _cut_body(trainer, stages, name, split)
+    compile_blocks(module, path, blocks)
+    return owner, blocks
+
+
+def _cut_body(trainer: Trainer, stages: int, name: str | None, split: Split) -> tuple[nn.Module, str, list[Block]]:
+    module = trainer.lightning_module
     names = [start for start in split if isinstance(start, str)] if not isinstance(split, str) else []
-    path = partition.find_body(module, name, sequential=not names)
-    body = _unwrapped(module, path, undo)
+    path, names = partition.resolve(module, name, names)
+    body = partition.unwrap(module.get_submodule(path))
     if names:
         if len(names) != stages - 1:
             raise partition.CannotCutError(
-                f"split={names} makes {len(names) + 1} blocks for {stages} stages: write {stages - 1} names"
+                f"split={names} makes {len(names) + 1} blocks for {stages} stages: write {stages - 1} names, or "
+                f"stages={len(names) + 1}"
             )
         cut = partition.cut_traced(body, names, path)
-        return body, [Block(block, spreads=k < stages - 1) for k, block in enumerate(cut)]
+        return body, path, [Block(block, spreads=k < stages - 1) for k, block in enumerate(cut)]
     if not isinstance(body, nn.Sequential):
         raise partition.CannotCutError(
             f"{path} is a {type(body).__name__}, not an nn.Sequential: write the names of the submodules that start a "
             f"block, e.g. split={[child for child, _ in body.named_children()][1:stages]}, or define configure_stages()"
         )
-    return body, [Block(block) for block in partition.cut_sequential(body, _starts(trainer, body, stages, split))]
+    starts = _starts(trainer, body, stages, split)
+    return body, path, [Block(block) for block in partition.cut_sequential(body, starts)]
 
 
 def _starts(trainer: Trainer, body: nn.Sequential, stages: int, split: Split) -> list[int]:
@@ -73,18 +82,6 @@ def _starts(trainer: Trainer, body: nn.Sequential, stages: int, split: Split) ->
             starts = partition.cut_points(costs, stages)
         return list(trainer.strategy.broadcast(starts))
     return partition.check_cut_points([int(start) for start in split], len(body), stages)
-
-
-def _unwrapped(module: nn.Module, path: str, undo: list[Callable[[], None]]) -> nn.Module:
-    """Return the module at ``path``; ``torch.compile``'s wrapper cannot be cut, and is put aside until the end."""
-    wrapped = module.get_submodule(path)
-    body = partition.unwrap(wrapped)
-    if body is not wrapped:
-        parent, _, name = path.rpartition(".")
-        holder = module.get_submodule(parent)
-        setattr(holder, name, body)
-        undo.append(lambda: setattr(holder, name, wrapped))
-    return body
 
 
 def outside(model: nn.Module, owner: nn.Module) -> list[tuple[str, nn.Parameter]]:

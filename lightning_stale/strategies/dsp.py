@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
@@ -29,8 +30,11 @@ from lightning_stale.pipeline.stand_in import StandIn
 from lightning_stale.strategies import internals
 from lightning_stale.strategies.alike import Alike
 from lightning_stale.strategies.cut import Split, cut_model, outside, positional
+from lightning_stale.strategies.predictions import share_predictions
 from lightning_stale.strategies.relay import MetricsRelay
 from lightning_stale.strategies.whole_model import Whole, WholeModelStrategy
+
+_GRADIENT_HOOKS = ("on_after_backward", "on_before_optimizer_step")
 
 
 class _StageDoneError(Exception):
@@ -46,7 +50,8 @@ class DSPStrategy(WholeModelStrategy):
     checkpoints are.
 
     Args:
-        stages: the number of blocks; by default one per device. With one device they are virtual, and compute the same.
+        stages: the number of blocks; by default as ``split`` says, or one per device. With one device they are virtual,
+            and compute the same.
         staleness: ``"dsp"`` (``m_k = 2(K-1-k)``), ``"minimal"`` (``K-1-k``), ``"bp"`` (0: back-propagation), or ``m``.
         queues: how many features may wait between two stages, one number per stage, the last 0.
         recompute: keep inputs only and run each block again before its backward (the paper's), or keep the graph.
@@ -70,6 +75,8 @@ class DSPStrategy(WholeModelStrategy):
         DSPStrategy(stages=3, staleness='dsp', split='params')
     """
 
+    _registered = "dsp"
+
     def __init__(
         self,
         *,
@@ -92,6 +99,13 @@ class DSPStrategy(WholeModelStrategy):
                 f"split={split!r}: write 'params', 'time', where blocks start (split=[3, 6]), or the names of the "
                 "submodules that start a block (split=['layer2', 'layer3'])"
             )
+        if not isinstance(split, str) and split:
+            if stages is not None and stages != len(split) + 1:
+                raise ValueError(
+                    f"split={list(split)} makes {len(split) + 1} blocks for {stages} stages: write stages="
+                    f"{len(split) + 1} (and as many numbers in staleness), or {stages - 1} starts in split"
+                )
+            stages = len(split) + 1
         Staleness.of(staleness, stages or 3, queues)  # so that an error comes early
         self.stages, self.staleness, self.queues, self.recompute = stages, staleness, queues, recompute
         self.module, self.split = module, split
@@ -143,8 +157,8 @@ class DSPStrategy(WholeModelStrategy):
         stages = self.stages or self.world_size
         if stages % self.world_size:
             raise MisconfigurationException(
-                f"stages={stages} on {self.world_size} devices: write a multiple of the number of devices, or "
-                "devices=1 for virtual stages"
+                f"stages={stages} on {self.world_size} devices: write a multiple of {self.world_size}, e.g. "
+                f"stages={self.world_size}{self._as_many_starts()}, or devices=1 for virtual stages"
             )
         per_rank = stages // self.world_size
         first = (self.world_size - 1 - self.global_rank) * per_rank  # the last stage is on rank 0
@@ -159,6 +173,11 @@ class DSPStrategy(WholeModelStrategy):
             self.precision_plugin.clip_gradients = self._clip_per_block  # type: ignore[method-assign]
             self._undo_setup.append(lambda: self.precision_plugin.__dict__.pop("clip_gradients", None))
 
+    def _as_many_starts(self) -> str:
+        if isinstance(self.split, str):
+            return ""
+        return f" with {self.world_size - 1} instead of {len(self.split)} starts in split"
+
     def process_dataloader(self, dataloader: object) -> object:
         """Have all ranks draw the same samples."""
         if self._alike is not None and isinstance(dataloader, DataLoader):
@@ -170,6 +189,11 @@ class DSPStrategy(WholeModelStrategy):
         if self._alike is not None:
             self._alike.note_batch(batch)
         return super().batch_to_device(batch, device, dataloader_idx)
+
+    def check_before_launch(self, trainer: Trainer) -> None:
+        super().check_before_launch(trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._check(trainer)
 
     def _check(self, trainer: Trainer) -> None:
         module = trainer.lightning_module
@@ -223,8 +247,8 @@ class DSPStrategy(WholeModelStrategy):
             ],
         }
         arguments = positional(owner)
-        owner.forward = StandIn(owner, lambda *args, **kwargs: self._forward(arguments(*args, **kwargs)))
-        self._undo_setup.append(lambda: owner.__dict__.pop("forward", None))
+        run = internals.not_compiled(lambda *args, **kwargs: self._forward(arguments(*args, **kwargs)))
+        self._undo_setup.append(internals.replace_forward(module, owner, StandIn(owner, run)))
         if self.world_size > 1:
             trained = self.optimizers if trainer.state.fn == TrainerFn.FITTING else []  # or left from the last fit
             self._divide(trainer, trained)
@@ -235,9 +259,7 @@ class DSPStrategy(WholeModelStrategy):
     def _cut_once(self, trainer: Trainer) -> nn.Module:
         """Return the module that the blocks replace."""
         if self._owner is None:
-            names = self._names_before()
-            self._owner, self._blocks = cut_model(trainer, self._count, self.module, self.split, self._undo_setup)
-            self._note_names(names)
+            self._owner, self._blocks = cut_model(trainer, self._count, self.module, self.split)
         return self._owner
 
     def _own(self) -> tuple[list[set[str]], set[str]]:
@@ -272,7 +294,9 @@ class DSPStrategy(WholeModelStrategy):
         self._since_step = 0
 
     def _share_results(self, trainer: Trainer) -> None:
-        """Let ``trainer.validate()`` and ``test()`` return the metrics of rank 0 everywhere."""
+        """Let ``trainer.validate()``, ``test()`` and ``predict()`` return the results of rank 0 everywhere."""
+        if trainer.predicting:
+            self._undo_setup.extend(share_predictions(trainer))
         if trainer.evaluating:
             loop = trainer.test_loop if trainer.testing else trainer.validate_loop
             run = loop.run
@@ -343,17 +367,32 @@ class DSPStrategy(WholeModelStrategy):
                 yield
         except _StageDoneError:
             pass
+        except (RuntimeError, NotImplementedError) as error:
+            if self._calls == 0 and self.world_size > 1 and "meta" in str(error):  # another rank's part of the model
+                raise MisconfigurationException(self._call_what_was_cut()) from error
+            raise
         finally:
             self._calls = None
+
+    def _call_what_was_cut(self) -> str:
+        assert self.lightning_module is not None
+        path = next(path for path, module in self.lightning_module.named_modules() if module is self._owner)
+        if not path:
+            return (
+                "a step did not call self(...), whose forward the blocks of configure_stages() replace: write self(x) "
+                "instead of, say, self.net(x) in training_step, validation_step, test_step and predict_step"
+            )
+        return (
+            f"a step did not call self.{path.replace('_orig_mod.', '')}(...), the module that was cut: call it as a "
+            "whole, or name the one that is called, DSPStrategy(module=...)"
+        )
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         output: Any = torch.zeros((), device=self.root_device, requires_grad=True)
         with self._step():
             output = super().training_step(*args, **kwargs)
             if not self._calls:
-                raise MisconfigurationException(
-                    "training_step did not call the module that was cut: name the right one, DSPStrategy(module=...)"
-                )
+                raise MisconfigurationException(self._call_what_was_cut())
         if output is None:
             raise MisconfigurationException(
                 "training_step returned None after the stages had run the batch: return a loss, e.g. 0 * loss"
@@ -386,7 +425,17 @@ class DSPStrategy(WholeModelStrategy):
         with streams.apart():
             result = super().optimizer_step(optimizer, closure_and_own_numbers, model, **kwargs)
         self._since_step = 0
+        self._warn_of_gradients()
         return result
+
+    def _warn_of_gradients(self) -> None:
+        assert self.lightning_module is not None
+        if self.world_size > 1 and internals.logs_in(self.lightning_module.trainer, _GRADIENT_HOOKS):
+            rank_zero_warn(
+                f"what {' and '.join(_GRADIENT_HOOKS)} log of gradients, such as their norm, is that of the last stage "
+                "alone: the gradients of the others are on other ranks. DSPStrategy(stages="
+                f"{self._count}) with Trainer(devices=1) has them all"
+            )
 
     def meet(self, place: str) -> None:
         """Drain the pipeline: every batch has then updated every block once."""

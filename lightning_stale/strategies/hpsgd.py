@@ -56,6 +56,8 @@ class HPSGDStrategy(PeerStrategy):
 
     _steps_locally = True
 
+    _registered = "hpsgd"
+
     def __init__(
         self,
         *,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,9 @@ import torch
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer, WeightAveraging
+from lightning.pytorch.callbacks.timer import Interval
 from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.trainer.connectors import accelerator_connector
 from torch.distributed.distributed_c10d import Store, _get_default_store
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
@@ -48,11 +50,6 @@ def averaged_models(trainer: Trainer) -> list[AveragedModel]:
     """Return the averages of the model that Lightning's callbacks hold."""
     found = [c._average_model for c in callbacks(trainer) if isinstance(c, WeightAveraging)]
     return [average for average in found if average is not None]
-
-
-def has_compiled(module: torch.nn.Module) -> bool:
-    """Whether a part of ``module`` is wrapped by ``torch.compile``, which is in the names of its tensors."""
-    return any("_orig_mod" in child._modules for child in module.modules())
 
 
 def skips_backward(trainer: Trainer) -> bool:
@@ -113,9 +110,9 @@ def validates_by_time(trainer: Trainer) -> bool:
     return trainer._val_check_time_interval is not None  # type: ignore[attr-defined]
 
 
-def limits_time(callback: Timer) -> bool:
-    """Whether ``callback`` ends training, and does not only measure."""
-    return callback._duration is not None
+def limits_time_by_batch(callback: Timer) -> bool:
+    """Whether ``callback`` may end training after each batch, and not at the end of an epoch, or never."""
+    return callback._duration is not None and callback._interval == Interval.step
 
 
 def saves_by_time(callback: ModelCheckpoint) -> bool:
@@ -129,6 +126,16 @@ def saves_now(callback: Callback, trainer: Trainer) -> bool:
     return steps >= 1 and trainer.global_step % steps == 0
 
 
+def logs_in(trainer: Trainer, hooks: Sequence[str]) -> bool:
+    """Whether one of ``hooks`` has logged something in this epoch."""
+    return any(key.startswith(f"{hook}.") for key in trainer._results or () for hook in hooks)
+
+
+def in_notebook() -> bool:
+    """Whether this process is a notebook's, or another interactive one, as Lightning sees it."""
+    return bool(accelerator_connector._IS_INTERACTIVE)  # type: ignore[attr-defined]
+
+
 def current_hook(module: LightningModule) -> str | None:
     """Return the name of the LightningModule hook that runs now."""
     return module._current_fx_name
@@ -137,6 +144,47 @@ def current_hook(module: LightningModule) -> str | None:
 def batch_sampler(loader: DataLoader[Any]) -> Any:
     """Return the batch sampler that the user has made, under the wrapper that Lightning puts around it to predict."""
     return getattr(loader.batch_sampler, "_batch_sampler", loader.batch_sampler)
+
+
+def compiler(module: torch.nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
+    """Return what compiles a function as ``torch.compile(module)`` or ``module.compile()`` has compiled ``module``."""
+    whole = getattr(module, "_compiler_ctx", None)  # a LightningModule that the Trainer was given compiled
+    context: Any = whole["dynamo_ctx"] if whole is not None else getattr(module, "dynamo_ctx", None)
+    call: Any = module._compiled_call_impl
+    if context is None and call is not None:
+        context = dict(zip(call.__code__.co_freevars, call.__closure__, strict=True))["self"].cell_contents
+    return None if context is None else context
+
+
+def replace_forward(model: torch.nn.Module, owner: torch.nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
+    """Let a call of ``owner`` be one of ``forward``; return what undoes it.
+
+    Args:
+        model: the LightningModule.
+        owner: the module that was cut; wrappers that ``torch.compile`` has put around it call ``forward`` too.
+        forward: the new one.
+    """
+    modules = [owner, *(module for module in model.modules() if getattr(module, "_orig_mod", None) is owner)]
+    names = ("forward", "_compiled_call_impl")
+    before: list[tuple[torch.nn.Module, dict[str, Any]]] = [
+        (module, {name: vars(module)[name] for name in names if name in vars(module)}) for module in modules
+    ]
+    for module in modules:
+        vars(module).pop("_compiled_call_impl", None)
+        vars(module)["forward"] = forward
+
+    def undo() -> None:
+        for module, attributes in before:
+            vars(module).pop("forward", None)
+            vars(module).update(attributes)
+
+    return undo
+
+
+def not_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``function`` as it runs where ``torch.compile`` has what calls it."""
+    disabled: Callable[..., Any] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return disabled
 
 
 class _CapturedError(Exception):
@@ -157,14 +205,14 @@ def first_input(trainer: Trainer, module: torch.nn.Module) -> Any:
         batch = trainer.precision_plugin.convert_input(next(iter(loader)))
         batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-        module.forward = capture
+        undo = replace_forward(trainer.lightning_module, module, not_compiled(capture))
         try:
             with trainer.precision_plugin.train_step_context():
                 trainer.lightning_module.training_step(batch, 0)
         except _CapturedError:
             pass
         finally:
-            del module.__dict__["forward"]
+            undo()
     return captured[0]
 
 

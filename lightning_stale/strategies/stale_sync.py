@@ -14,7 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_stale.failures import RunFailedError, describe
-from lightning_stale.paradigms import Paradigm, as_paradigm
+from lightning_stale.paradigms import PARADIGMS, Paradigm, as_paradigm
 from lightning_stale.parameter_server import address, memory, secret
 from lightning_stale.parameter_server.client import (
     CONNECT_TIMEOUT_S,
@@ -74,6 +74,8 @@ class StaleSyncStrategy(StaleStrategy):
             raise ValueError("transport='shm' needs Linux: write transport='auto' or 'tcp'")
         super().__init__(**kwargs)
         self.paradigm = as_paradigm(paradigm)
+        names = [name for name, kind in PARADIGMS.items() if type(self.paradigm) is kind]
+        self._registered = names[0] if names else "dssp"
         self.transport = transport
         self._server: ServerProcess | None = None
         self._introduction: Introduction | None = None  # while the ranks connect

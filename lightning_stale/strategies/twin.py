@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
-from lightning_stale.paradigms import PARADIGMS
-
 _TWIN = "pytorch_lightning"
 _MESSAGE = (
     "lightning_stale works with the package `lightning`, and this Trainer is from its twin `pytorch_lightning`, whose "
@@ -46,12 +44,13 @@ def _refuse(*_: Any, **__: Any) -> NoReturn:
 
 
 def _prepare(strategies: ModuleType) -> None:
-    from lightning_stale.strategies.stale_sync import StaleSyncStrategy
+    from lightning_stale.strategies import strategy_names
+    from lightning_stale.strategies.base import StaleStrategy
 
-    for name in PARADIGMS:
+    for name in strategy_names():
         strategies.StrategyRegistry.register(name, _refuse, description="of the package `lightning`", override=True)
     # so that an instance gets as far as `refuse_environment` instead of "invalid strategy name"
-    strategies.Strategy.register(StaleSyncStrategy)
+    strategies.Strategy.register(StaleStrategy)
 
 
 class _TwinFinder(importlib.abc.MetaPathFinder):

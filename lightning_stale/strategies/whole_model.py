@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_stale.pipeline import pieces
 from lightning_stale.pipeline.meta import assign, initialize, on_meta
-from lightning_stale.pipeline.ownership import move, renamed, tensors_of, without_meta
+from lightning_stale.pipeline.ownership import move, tensors_of, without_meta
 from lightning_stale.pipeline.part import Part, give
 from lightning_stale.strategies import internals
 from lightning_stale.strategies.replica import SingleReplicaStrategy
@@ -54,7 +54,6 @@ class WholeModelStrategy(SingleReplicaStrategy):
         self.gather = gather
         self._part: Part | None = None
         self._mapped: set[int] = set()  # ids of the tensors that lie in the file of a checkpoint
-        self._user_names: dict[str, str] = {}  # of what the state_dict() of the cut model calls otherwise
         self._values: Mapping[str, Tensor] | None = None  # of the checkpoint that is being made, on rank 0
 
     @abstractmethod
@@ -186,10 +185,8 @@ class WholeModelStrategy(SingleReplicaStrategy):
         module = self._require_trainer().lightning_module
         if self._is_cut():
             self._forget_batches()
-            cut_names = {theirs: mine for mine, theirs in self._user_names.items()}
-            state = {cut_names.get(name, name): value for name, value in checkpoint["state_dict"].items()}
             with _elsewhere():
-                module.load_state_dict(state, strict=strict)
+                module.load_state_dict(checkpoint["state_dict"], strict=strict)
             return
         if self.is_global_zero and on_meta(module) and callable(getattr(module, "init_weights", None)):
             self._initialize(module)  # for what the checkpoint does not have
@@ -205,11 +202,10 @@ class WholeModelStrategy(SingleReplicaStrategy):
             raise RuntimeError("the run has failed, and a checkpoint needs every stage: resume from the last one")
         self.meet("a checkpoint")
         if self._part is None:
-            state = super().lightning_module_state_dict()
-        else:
-            self._values = self._part.values()
-            state = tree_map(_on_cpu, dict(self._part.state_dict(self._values)))
-        return {self._user_names.get(name, name): value for name, value in state.items()}
+            return super().lightning_module_state_dict()
+        self._values = self._part.values()
+        state: dict[str, Any] = tree_map(_on_cpu, dict(self._part.state_dict(self._values)))
+        return state
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write the checkpoint; a module in it, such as a hyper-parameter, is whole."""
@@ -272,18 +268,8 @@ class WholeModelStrategy(SingleReplicaStrategy):
         if module is None:
             super().teardown()
             return
-        self._user_names = {}
         with without_meta(module):
             super().teardown()
-
-    def _note_names(self, before: Sequence[str]) -> None:
-        """Keep what the ``state_dict()`` of the model that is not cut says, given its names of then."""
-        module = self._require_trainer().lightning_module
-        self._user_names = renamed(before, list(module.state_dict())) if before else {}
-
-    def _names_before(self) -> list[str]:
-        module = self._require_trainer().lightning_module
-        return list(module.state_dict()) if internals.has_compiled(module) else []
 
 
 @contextmanager

@@ -180,7 +180,10 @@ TWIN_SCRIPT = """
 {imports}
 import traceback
 
-strategies = ["bsp", "asp", "ssp", "dssp", "DSSP", lightning_stale.StaleSyncStrategy(paradigm="ssp")]
+from lightning_stale import DSPStrategy, HPSGDStrategy, StaleSyncStrategy
+
+strategies = ["bsp", "asp", "ssp", "dssp", "DSSP", "hpsgd", "dsp", "dsp_notebook", "hpsgd_fork"]
+strategies += [StaleSyncStrategy(paradigm="ssp"), HPSGDStrategy(), DSPStrategy()]
 for strategy in strategies:
     try:
         pytorch_lightning.Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False)
@@ -200,7 +203,7 @@ print("OURS:", lightning.Trainer(accelerator="cpu", devices=2, strategy="dssp", 
 def test_the_twin_package_is_refused(imports: str, tmp_path: Path) -> None:
     output = run_script(TWIN_SCRIPT.format(imports=imports), tmp_path).output
     refused = [line for line in output.splitlines() if line.startswith("REFUSED")]
-    assert len(refused) == 6, output
+    assert len(refused) == 12, output
     for line in refused:
         assert "`pytorch_lightning`" in line
         assert "write `from lightning import LightningModule, Trainer`" in line

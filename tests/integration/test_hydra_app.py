@@ -84,6 +84,17 @@ def test_an_app_that_does_not_know_the_package(app: Path, tmp_path: Path) -> Non
     assert [worker["pushes"] for worker in summary["workers"]] == [6, 6]
 
 
+@pytest.mark.parametrize("first", ["import lightning\n", ""], ids=["imported first", "imported by instantiate"])
+def test_an_app_can_name_a_strategy_without_an_import(first: str, app: Path, tmp_path: Path) -> None:
+    code = first + APP.replace("from lightning.pytorch.demos.boring_classes import BoringModel\n", "")
+    site, result = install(tmp_path / "site"), tmp_path / "result.json"
+    ended = run_script(code, app, "trainer.strategy=dssp", f"result={result}", env={"PYTHONPATH": str(site)})
+    assert ended.returncode == 0, ended.output
+    summary = json.loads(result.read_text())
+    assert summary["paradigm"] == "DSSP(lower=3, upper=15, enforce_upper=True)"
+    assert [worker["pushes"] for worker in summary["workers"]] == [6, 6]
+
+
 def test_no_app_pays_for_importing_torch(tmp_path: Path) -> None:
     """Every Hydra app of an environment loads the plugin, also one that has nothing to do with training."""
     (tmp_path / "config.yaml").write_text("a: 1")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from torch import nn
@@ -31,7 +31,7 @@ def trainer(tmp_path: Path, **options: Any) -> Trainer:
 
 
 TRAINERS: dict[str, tuple[Callable[[], dict[str, Any]], tuple[str, ...]]] = {
-    "max_time": (lambda: {"max_time": "00:01:00:00"}, ("Trainer(max_time=...)", "Trainer(max_steps=...)")),
+    "max_time": (lambda: {"max_time": "00:01:00:00"}, ("Trainer(max_time=...)", "Timer(duration, interval='epoch')")),
     "Timer": (lambda: {"callbacks": [Timer(timedelta(hours=1))]}, ("the Timer callback", "Trainer(max_epochs=...)")),
     "train_time_interval": (
         lambda: {"callbacks": [ModelCheckpoint(train_time_interval=timedelta(minutes=1))]},
@@ -57,6 +57,7 @@ def test_trainers_that_are_refused(name: str, tmp_path: Path) -> None:
     [
         {},
         {"max_steps": 10, "val_check_interval": 5},
+        {"callbacks": [Timer(timedelta(hours=1), interval="epoch"), Timer()]},
         {"max_epochs": 2, "val_check_interval": 0.5},
         {"callbacks": [ModelCheckpoint(every_n_train_steps=5), ModelCheckpoint(every_n_epochs=1, filename="other")]},
     ],
@@ -207,6 +208,41 @@ def test_even_validation_passes(sanity: bool) -> None:
 def test_where_there_is_nothing_to_compare_nobody_is_asked(fake: Any) -> None:
     check_validation_batches(fake)
     assert fake.asked == []
+
+
+# --- before any rank is started -----------------------------------------------------------------------------------
+
+
+class Normed(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+
+
+@pytest.mark.parametrize("name", ["bsp", "dssp", "hpsgd", "dsp", "dsp_fork", "hpsgd_spawn"])
+@pytest.mark.parametrize("refused", ["sync_batchnorm", "max_time"])
+def test_what_no_rank_could_run_starts_none(
+    name: str, refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: started.append("popen"))
+    monkeypatch.setattr("torch.multiprocessing.start_processes", lambda *_, **__: started.append("fork"))
+    options: dict[str, Any] = {"sync_batchnorm": True} if refused == "sync_batchnorm" else {"max_time": "00:01:00:00"}
+    t = Trainer(accelerator="cpu", devices=2, strategy=name, logger=False, default_root_dir=tmp_path, **options)
+    with pytest.raises(MisconfigurationException, match=refused):
+        t.fit(Normed(), [torch.zeros(2, 4)])
+    assert started == []
+
+
+@pytest.mark.parametrize(
+    ("name", "writes"), [("dssp", "dssp_notebook"), ("bsp", "bsp_notebook"), ("dsp", "dsp_notebook")]
+)
+def test_a_notebook_is_told_the_name_to_write(name: str, writes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning.pytorch.trainer.connectors.accelerator_connector._IS_INTERACTIVE", True)
+    with pytest.raises(MisconfigurationException, match=rf"Trainer\(strategy='{writes}'\).*start_method='fork'"):
+        Trainer(accelerator="cpu", devices=2, strategy=name, logger=False)
+    for devices, works in ((1, name), (2, writes)):
+        assert Trainer(accelerator="cpu", devices=devices, strategy=works, logger=False)
 
 
 # --- the strategy's own arguments ---------------------------------------------------------------------------------

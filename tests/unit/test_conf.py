@@ -22,8 +22,10 @@ from omegaconf.errors import MissingMandatoryValue
 
 import lightning_stale
 import recipes.schemas  # noqa: F401 - as recipes/train.py does
+from hydra_plugins.lightning_stale import names
 from lightning_stale import DSSP, ThresholdSchedule
 from lightning_stale.paradigms import PARADIGMS
+from lightning_stale.strategies import strategy_names
 from lightning_stale.strategies.base import StaleStrategy
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +57,12 @@ def parameters(*functions: Any) -> dict[str, Any]:
 def plain(schema: Any) -> dict[str, Any]:
     """Return names and defaults of a schema's fields."""
     return {k: v for k, v in OmegaConf.to_container(OmegaConf.structured(schema)).items() if not k.startswith("_")}
+
+
+def test_the_plugin_knows_the_names_of_all_strategies() -> None:
+    assert set(names.NAMES) == set(strategy_names())
+    for name, (strategy, options) in strategy_names().items():
+        assert strategy(**options)._start_method == ("popen" if "_" not in name else options["start_method"])
 
 
 # --- schemas ----------------------------------------------------------------------------------------------------------

@@ -119,14 +119,6 @@ def test_averaged_models_are_those_of_the_callbacks(trainer: Trainer) -> None:
     assert isinstance(average.module, BoringModel)
 
 
-def test_a_compiled_module_is_known_by_its_names() -> None:
-    plain = torch.nn.Sequential(torch.nn.Linear(2, 2))
-    compiled = torch.nn.Sequential(torch.compile(torch.nn.Linear(2, 2), backend="eager"))
-    assert not internals.has_compiled(plain)
-    assert internals.has_compiled(compiled)
-    assert "0._orig_mod.weight" in compiled.state_dict()
-
-
 def test_skips_backward(trainer: Trainer) -> None:
     assert not internals.skips_backward(trainer)
     trainer.fit_loop._skip_backward = True

@@ -1,0 +1,35 @@
+"""What ``torch.compile`` has made of the module that is cut goes for its blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from lightning_stale.pipeline.stage import Block
+from lightning_stale.strategies import internals
+
+
+def compile_blocks(model: nn.Module, path: str, blocks: Sequence[Block]) -> None:
+    """Compile each block as ``model`` or the module at ``path``, or one that holds it, is compiled, if so.
+
+    Args:
+        model: the LightningModule.
+        path: of the module that was cut; empty if that is ``model`` itself.
+        blocks: what it was cut into.
+    """
+    parts = path.split(".") if path else []
+    holders = [model, *(model.get_submodule(".".join(parts[: n + 1])) for n in range(len(parts)))]
+    compilers = [compiler for holder in holders if (compiler := internals.compiler(holder)) is not None]
+    if not compilers:
+        return
+    for block in blocks:
+        block.module._compiled_call_impl = compilers[-1](_call(block.module))
+
+
+def _call(module: nn.Module) -> Callable[..., Any]:
+    def block(*features: Any) -> Any:  # torch.compile skips a forward of torch.nn that is the first frame
+        return module._call_impl(*features)  # type: ignore[no-untyped-call]
+
+    return block
