@@ -12,7 +12,7 @@ from torch import Tensor
 class Entry:
     """Inputs of a block, each requiring a gradient if the given tensor does.
 
-    Gradients are taken as autograd passes them on: ``Tensor.grad`` would have the strides of its tensor, and the kernels
+    Gradients are taken as autograd passes them on: ``Tensor.grad`` would have the strides of its tensor, and kernels
     before the cut would round otherwise than without one.
 
     Args:
