@@ -13,7 +13,7 @@ class Entry:
     """Inputs of a block, each requiring a gradient if the given tensor does.
 
     Gradients are taken as autograd passes them on: ``Tensor.grad`` would have the strides of its tensor, and kernels
-    before the cut would then round otherwise than without one.
+    before the cut would round otherwise than without one.
 
     Args:
         given: what a stage before has made, or data.

@@ -137,8 +137,13 @@ class _Apart:
     def _plain(self, value: Any) -> Tree:
         """Return the tree of a key, or of what a registered class keeps besides its children: no tensors."""
         inner: list[Tensor] = []
-        tree = _Apart(inner, self._objects).tree(value)
-        return self._other(value, "a key that holds tensors", "use plain values as keys") if inner else tree
+        objects: list[Any] | None = None if self._objects is None else []
+        tree = _Apart(inner, objects).tree(value)
+        if inner:
+            return self._other(value, "a key that holds tensors", "use plain values as keys")
+        if self._objects is not None:
+            self._objects += objects or []
+        return tree
 
     def _name(self, kind: type) -> str:
         name = f"{kind.__module__}:{kind.__qualname__}"

@@ -165,9 +165,13 @@ def test_what_the_first_stage_is_given_does_not_travel_and_may_be_anything() -> 
         def forward(self, given: Any) -> Tensor:
             assert isinstance(given["any"], Foreign)
             assert isinstance(given["sub"], Subclass)
+            assert "key" in given.values()
+            assert given["by type"]["b"] == []
+            assert torch.equal(given["by type"]["a"].hidden, some(1))
             return given["any"].hidden + given["x"]
 
     given = {"any": Foreign(some(2)), "sub": some(1).as_subclass(Subclass), "x": some(2), "type": local_class()}
+    given |= {(object(), some(1)): "key", "by type": collections.defaultdict(list, a=local_class())}
     stage = Stage(Block(Reads()), 1, first=True)
     for n in range(2):
         (result,) = stage.forward(n, (given,))
