@@ -484,7 +484,7 @@ class DSPStrategy(SingleReplicaStrategy):
             fn = self.lightning_module._trainer and self.lightning_module.trainer.state
             ended_well = fn and not self.lightning_module.trainer.interrupted  # validate, test or predict
             put_back(self.lightning_module, self._part.values() if ended_well and self._part is not None else {})
-        self._part, self._blocks, self._mesh = None, [], None
+        self._part, self._blocks, self._mesh, self._alike = None, [], None, None
         super().teardown()
 
     def summary(self) -> dict[str, Any]:
