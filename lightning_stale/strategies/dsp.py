@@ -507,7 +507,7 @@ class DSPStrategy(WholeModelStrategy):
         self._end_links()
         self._join()
         self._end_health()
-        self._owner, self._blocks = None, []
+        self._owner, self._blocks, self._alike = None, [], None
         super().teardown()
 
     def _end_links(self) -> None:

@@ -18,6 +18,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 
 from lightning_stale.pipeline import internals as pipeline_internals
 from lightning_stale.strategies import internals
+from tests.integration.models import Regression, loader
 
 
 @pytest.fixture
@@ -155,3 +156,39 @@ def test_registered_types_tell_how_they_are_taken_apart() -> None:
     children, context = node[0](pair)
     assert type(node[1](list(children), context)) is type(pair)
     assert pipeline_internals.registered_node(torch.nn.Linear) is None
+
+
+def test_something_happens_before_every_loop_makes_its_loaders_or_begins_anew(trainer: Trainer) -> None:
+    calls: list[str] = []
+    model, data = Regression(), loader(32)
+    undo = [
+        internals.before_loading(trainer, lambda: calls.append("load")),
+        internals.before_fetching(trainer, lambda: calls.append("fetch")),
+    ]
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(model, data, data)
+    assert calls.count("fetch") == 2 * (4 + 4) + 2, "of training and of validation, and two of the sanity check"
+    assert calls.index("load") < calls.index("fetch")
+    for run in (trainer.validate, trainer.test, trainer.predict):
+        calls.clear()
+        run(model, data)
+        assert calls == ["load"], run
+    for step in undo:
+        step()
+    calls.clear()
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(model, data)
+    assert calls == []
+
+
+def test_the_choice_of_samplers_is_undone(trainer: Trainer) -> None:
+    undo = internals.use_samplers_as_they_are(trainer)
+    assert trainer._accelerator_connector.use_distributed_sampler is False
+    undo()
+    assert trainer._accelerator_connector.use_distributed_sampler is True
+
+
+def test_a_loop_without_the_seam_is_an_error_that_says_so(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(_TrainingEpochLoop, "_on_before_fetch")
+    with pytest.raises(internals.LightningChangedError, match=r"_TrainingEpochLoop\._on_before_fetch is gone"):
+        internals.before_fetching(trainer, lambda: None)

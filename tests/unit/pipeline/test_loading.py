@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -10,6 +11,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.seed import pl_worker_init_function
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -81,6 +83,54 @@ def test_the_users_choice_of_samplers_comes_back_after_a_failure() -> None:
         t.fit(Broken(), batches(2))
     assert t._accelerator_connector.use_distributed_sampler
     assert "setup_data" not in vars(t.fit_loop)
+
+
+# --- random numbers ---------------------------------------------------------------------------------------------------
+
+
+class Coins(Chain):
+    """Notes what a step draws, and what is drawn between steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[float] = []
+        self.between: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.steps.append(float(torch.rand(())))
+        return super().training_step(batch, batch_idx)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.between.append(float(torch.rand(())))
+
+
+def coins(strategy: Any, folder: Path) -> Coins:
+    """Train two epochs, resume after the first with new objects, and begin anew with new ones."""
+    drawn = Coins()
+    for path in (None, folder / "epoch=0-step=5.ckpt", None):
+        model = Coins()
+        saving = ModelCheckpoint(folder, save_top_k=-1, every_n_epochs=1)
+        t = trainer(1, strategy(), max_epochs=2, enable_checkpointing=True, callbacks=[saving])
+        if path is not None:
+            torch.manual_seed(3)  # as a script that is run again does
+        t.fit(model, batches(5, shuffle=True), ckpt_path=path, weights_only=False)
+        drawn.steps += model.steps
+        drawn.between += model.between
+    assert len(drawn.steps) == len(drawn.between) == 25
+    return drawn
+
+
+def test_no_step_draws_what_another_has_drawn(tmp_path: Path) -> None:
+    """Numbers that follow from a seed and the number of the batch go on over epochs, resumed runs and further ones."""
+    torch.manual_seed(3)
+    stale = coins(lambda: DSPStrategy(stages=2), tmp_path / "stale")
+    assert stale.steps[10:15] == stale.steps[5:10], "resumed with the same seed: the epoch that would have followed"
+    assert len(set(stale.steps)) == 20
+    assert not set(stale.steps) & set(stale.between)
+    torch.manual_seed(3)
+    again = coins(lambda: DSPStrategy(stages=3), tmp_path / "again")
+    assert again.steps == stale.steps
+    assert again.between == stale.between
 
 
 # --- two ranks --------------------------------------------------------------------------------------------------------
