@@ -20,7 +20,7 @@ from torchmetrics import Metric
 
 from lightning_stale.pipeline.channels import Channel
 from lightning_stale.pipeline.clipping import clip_per_block
-from lightning_stale.pipeline.entry import Entry
+from lightning_stale.pipeline.forward import CutForward
 from lightning_stale.pipeline.links import link_stages, stage_mesh
 from lightning_stale.pipeline.order import share_order
 from lightning_stale.pipeline.ownership import constant_names, own_names, tensors_named
@@ -199,7 +199,7 @@ class DSPStrategy(WholeModelStrategy):
             ],
         }
         arguments = positional(owner)
-        owner.forward = Entry(owner, lambda *args, **kwargs: self._forward(arguments(*args, **kwargs)))
+        owner.forward = CutForward(owner, lambda *args, **kwargs: self._forward(arguments(*args, **kwargs)))
         self._undo_setup.append(lambda: owner.__dict__.pop("forward", None))
         if self.world_size > 1:
             trained = self.optimizers if trainer.state.fn == TrainerFn.FITTING else []  # or left from the last fit

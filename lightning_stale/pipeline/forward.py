@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 
-class Entry:
+class CutForward:
     """Leads calls of ``owner`` into the pipeline; a copy of the module, in a file or in memory, has its own forward.
 
     Args:
