@@ -20,13 +20,13 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from lightning_stale.pipeline.clipping import clip_per_block
+from lightning_stale.pipeline.forward import CutForward
 from lightning_stale.pipeline.links import Links, destroy_mesh, stage_mesh
 from lightning_stale.pipeline.ownership import constant_names, own_names, tensors_named
 from lightning_stale.pipeline.partition import count_parameters
 from lightning_stale.pipeline.pipeline import Pipeline
 from lightning_stale.pipeline.stage import Block, Stage, check_disjoint, tensors
 from lightning_stale.pipeline.staleness import Staleness
-from lightning_stale.pipeline.stand_in import StandIn
 from lightning_stale.strategies import internals
 from lightning_stale.strategies.alike import Alike
 from lightning_stale.strategies.cut import Split, cut_model, outside, positional
@@ -248,7 +248,7 @@ class DSPStrategy(WholeModelStrategy):
         }
         arguments = positional(owner)
         run = internals.not_compiled(lambda *args, **kwargs: self._forward(arguments(*args, **kwargs)))
-        self._undo_setup.append(internals.replace_forward(module, owner, StandIn(owner, run)))
+        self._undo_setup.append(internals.replace_forward(module, owner, CutForward(owner, run)))
         if self.world_size > 1:
             trained = self.optimizers if trainer.state.fn == TrainerFn.FITTING else []  # or left from the last fit
             self._divide(trainer, trained)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_stale.pipeline.stand_in import StandIn
+from lightning_stale.pipeline.forward import CutForward
 from tests.unit.pipeline.networks import Skips
 
 
@@ -18,7 +18,7 @@ def cut(model: nn.Module) -> nn.Module:
     def run(*args: Any) -> Any:
         raise RuntimeError("into the pipeline")
 
-    model.forward = StandIn(model, run)
+    model.forward = CutForward(model, run)
     return model
 
 
@@ -41,7 +41,7 @@ def test_copies_have_their_own_forward() -> None:
             for parameter in copied.parameters():
                 parameter.zero_()
         assert copied(x).abs().sum() == 0, "its own weights"
-    assert "Entry" in repr(type(model.forward))
+    assert "CutForward" in repr(type(model.forward))
 
 
 def test_what_is_loaded_does_not_need_this_package() -> None:

@@ -1,4 +1,4 @@
-"""What stands in for the forward of a module while it is cut."""
+"""What stands for the forward of a module while it is cut."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 
-class StandIn:
+class CutForward:
     """Leads calls of ``owner`` into the pipeline; a copy of the module, in a file or in memory, has its own forward.
 
     Args:
