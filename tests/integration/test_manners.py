@@ -38,6 +38,11 @@ class Normed(Regression):
         self.log_dict(grad_norm(self.net, norm_type=2))
 
 
+class Several(Regression):
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        return self.net(batch[0])
+
+
 class Staged(Regression):
     def configure_stages(self) -> list[nn.Module]:
         return [self.net[:1], self.net[1:]]
@@ -53,7 +58,7 @@ def use_a_pipeline(rank: int) -> dict[str, Any]:
         t = trainer(2, "dsp", max_steps=4, log_every_n_steps=1)
         t.fit(Normed(), loader())
     said["warned"] = sum("is that of the last stage alone" in str(warning.message) for warning in caught)
-    writer, model = Writer(), Regression()
+    writer, model = Writer(), Several()
     data = loader(samples=32)
     t = trainer(2, "dsp", callbacks=[writer])
     said["predictions"] = t.predict(model, data)
