@@ -11,6 +11,7 @@ import importlib.abc
 import importlib.machinery
 import sys
 from collections.abc import Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -35,7 +36,7 @@ def _register(strategies: ModuleType) -> None:
     registry = strategies.StrategyRegistry
     for name in NAMES:
         if name not in registry:
-            registry.register(name, _make, description="of lightning-stale", registry=registry, name=name)
+            registry.register(name, partial(_make, registry, name), description="of lightning-stale")
 
 
 def _make(registry: Any, name: str) -> Any:

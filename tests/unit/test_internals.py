@@ -5,12 +5,12 @@ from __future__ import annotations
 import signal
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, Timer, WeightAveraging
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies import DDPStrategy
@@ -96,6 +96,52 @@ def test_validates_by_time(interval: Any, by_time: bool, tmp_path: Path) -> None
 )
 def test_saves_by_time(options: dict[str, Any], by_time: bool) -> None:
     assert internals.saves_by_time(ModelCheckpoint(**options)) is by_time
+
+
+@pytest.mark.parametrize(
+    ("timer", "by_batch"),
+    [
+        (Timer(timedelta(hours=1)), True),
+        (Timer(timedelta(hours=1), interval="epoch"), False),
+        (Timer(), False),
+    ],
+    ids=["step", "epoch", "measures only"],
+)
+def test_limits_time_by_batch(timer: Timer, by_batch: bool) -> None:
+    assert internals.limits_time_by_batch(timer) is by_batch
+
+
+def test_in_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert internals.in_notebook() is False
+    monkeypatch.setattr("lightning.pytorch.trainer.connectors.accelerator_connector._IS_INTERACTIVE", True)
+    assert internals.in_notebook() is True
+
+
+def test_logs_in(trainer: Trainer) -> None:
+    class Logging(BoringModel):
+        seen: ClassVar[list[bool]] = []
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            self.log("norm", 1.0)
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            hooks = (["on_before_optimizer_step"], ["on_after_backward"])
+            self.seen.extend(internals.logs_in(self.trainer, hook) for hook in hooks)
+
+    trainer.fit_loop.epoch_loop.max_steps = 1
+    trainer.fit(Logging())
+    assert Logging.seen == [True, False]
+    assert internals.logs_in(trainer, ["on_before_optimizer_step"]) is False, "after fit there are no results"
+
+
+def test_replace_forward_and_back() -> None:
+    body = torch.nn.Linear(2, 2)
+    model = torch.nn.ModuleDict({"wrapped": torch.compile(body, backend="eager")})
+    before = [dict(vars(module)) for module in (body, model["wrapped"])]
+    undo = internals.replace_forward(model, body, lambda x: x + 1)
+    assert model["wrapped"](torch.ones(2)).tolist() == body(torch.ones(2)).tolist() == [2.0, 2.0]
+    undo()
+    assert [dict(vars(module)) for module in (body, model["wrapped"])] == before
 
 
 def test_current_hook() -> None:
