@@ -27,9 +27,9 @@ class _Held:
 class Buffers:
     """Puts the buffers of a block back after a forward.
 
-    Which modules change theirs (batch norm does) is found out by comparing values, once for each combination of train
-    and eval modes: a comparison waits for the GPU. After that theirs are put back in any case, and the others' versions
-    are looked at.
+    Which modules change theirs is found out by comparing values, once for each combination of train and eval modes: a
+    comparison waits for the GPU. After that theirs are put back in any case, and the others' versions are looked at.
+    Batch norm is known to, also where the first batch has skipped it (LayerDrop).
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -46,6 +46,7 @@ class Buffers:
         modules = list(self._module.modules())
         modes = tuple((module.training, bool(getattr(module, "track_running_stats", True))) for module in modules)
         changing = self._changing.get(modes)
+        known = {module for module in modules if isinstance(module, nn.modules.batchnorm._NormBase) and module.training}
         held = [
             _Held(module, name, buffer, buffer._version, self._copy(buffer, changing is None or module in changing))
             for module in modules
@@ -54,7 +55,7 @@ class Buffers:
         ]
         yield
         if changing is None:
-            self._changing[modes] = {one.module for one in held if not _is_the_same(one)}
+            self._changing[modes] = known | {one.module for one in held if not _is_the_same(one)}
         for one in held:
             if one.copy is not None and one.module in self._changing[modes]:
                 _put_back(one.buffer, one.copy)

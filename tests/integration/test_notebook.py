@@ -62,7 +62,6 @@ for cell in notebook.cells:
 @pytest.mark.timeout(220)
 def test_a_notebook_trains_with_all_strategies(tmp_path: Path) -> None:
     """And the harness sees to it that no process is left."""
-    pytest.importorskip("nbclient")
     data = tmp_path / "jupyter"
     ended = run_script(EXECUTE, tmp_path, timeout=200, env={"JUPYTER_DATA_DIR": str(data), "OMP_NUM_THREADS": "2"})
     assert ended.returncode == 0, ended.output

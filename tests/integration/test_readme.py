@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -51,7 +52,6 @@ def test_a_comparison_with_the_plain_trainer() -> None:
 
 
 def test_hugging_faces_gpt2_in_blocks() -> None:
-    transformers = pytest.importorskip("transformers")
     names = {"torch": torch, "nn": nn, "F": F, "LightningModule": L.LightningModule}
     names["GPT2LMHeadModel"] = transformers.GPT2LMHeadModel
     exec(example("gpt2"), names)

@@ -216,6 +216,27 @@ def test_batch_norm_that_learns_nothing_from_the_first_batch_still_counts_once()
     assert_same(weights(alone), weights(block))
 
 
+def test_batch_norm_in_a_layer_that_the_first_batch_drops_counts_what_it_sees() -> None:
+    class Dropped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor, dropped: bool) -> Tensor:
+            return x if dropped else self.norm(x)
+
+    block, alone = Dropped(), Dropped()
+    stage = Stage(Block(block), 1)
+    for n in range(4):
+        stage.forward(n, (rows(n), n in (0, 2)))
+        if n > 0:
+            stage.backward(n - 1, [rows(n - 1)])
+        alone(rows(n), n in (0, 2))
+    stage.backward(3, [rows(3)])
+    assert int(block.norm.num_batches_tracked) == 2
+    assert_same(weights(alone), weights(block))
+
+
 def test_buffers_are_compared_in_the_first_batch_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """A comparison waits for the GPU."""
     compared: list[int] = []
