@@ -228,7 +228,7 @@ def test_batch_norm_in_a_layer_that_the_first_batch_drops_counts_what_it_sees() 
     block, alone = Dropped(), Dropped()
     stage = Stage(Block(block), 1)
     for n in range(4):
-        stage.forward(n, (rows(n), n in (0, 2)))
+        stage.forward(n, (requiring(rows(n)), n in (0, 2)))
         if n > 0:
             stage.backward(n - 1, [rows(n - 1)])
         alone(rows(n), n in (0, 2))
