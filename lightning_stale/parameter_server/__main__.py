@@ -2,7 +2,8 @@
 
 Standard input first carries the job (:class:`~lightning_stale.parameter_server.process.Job`, pickled by rank 0), the
 weights and the state of the optimizers, and then stays open as a lifeline: when it closes, rank 0 is gone. Standard
-output carries an empty line for each segment of shared memory that has been made, and then the port.
+output carries an empty line for each segment of shared memory that has been made, and then the port, or why there is
+none.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import pickle
 import torch
 from torch import Tensor
 
+from lightning_stale.parameter_server.memory import SharedMemoryError
 from lightning_stale.parameter_server.pickling import compute_on_cpu, load_optimizers
 from lightning_stale.parameter_server.process import Job
 from lightning_stale.parameter_server.server import ParameterServer
@@ -59,7 +61,11 @@ def main() -> None:
     server = ParameterServer(socket, store, layout, job.paradigm, job.world_size, job.folder)
     if job.snapshot is not None:
         server.resume(job.snapshot)
-    server.prepare_segments(job.local_workers, report=lambda: print(file=answer, flush=True))
+    try:
+        server.prepare_segments(job.local_workers, report=lambda: print(file=answer, flush=True))
+    except SharedMemoryError as error:
+        print(" ".join(f"{type(error).__name__}: {error}".split()), file=answer, flush=True)
+        raise
     del job
     print(socket.port, file=answer, flush=True)
     answer.close()

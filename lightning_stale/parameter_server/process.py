@@ -160,6 +160,8 @@ class ServerProcess:
             if select.select([stdout], [], [], 1.0)[0]:
                 line = stdout.readline()
                 if line != b"\n":
+                    if not line.strip().isdigit():
+                        raise OSError(line.decode().strip())
                     return int(line)
                 deadline = time.monotonic() + START_TIMEOUT_S  # it gets on
         raise OSError(f"no answer within {START_TIMEOUT_S:.0f} s")

@@ -127,6 +127,8 @@ class Stage:
         Raises:
             TypeError: if the result cannot travel to the next stage.
         """
+        if self.first and self._mutates_inputs:  # the loader's own tensors, perhaps, which other stages read too
+            features = tuple(map_tensors(copied, features))
         result = self.block(features)
         if not self.last:
             take_apart(result)

@@ -228,8 +228,8 @@ def test_metrics_callbacks_and_loggers_see_what_one_process_sees(tmp_path: Path)
         for rank in ranks:
             assert rank[name] == plain_run[name], name
     assert len(plain_run["predicted"]) == 7
-    assert_equal(ranks[0]["predicted"], plain_run["predicted"])
-    assert all(output is None for rank in ranks[1:] for output in rank["predicted"])
+    for rank in ranks:  # rank 0's, on all of them
+        assert_equal(rank["predicted"], plain_run["predicted"])
     assert table(folders["ranks"]) == table(folders["plain"])
     assert any(row.get("lr-SGD") for row in table(folders["ranks"]))
 

@@ -100,7 +100,7 @@ class OnOneRank(Callback):
 
 
 def fit(world_size: int, strategy: Any, model: L.LightningModule, data: Any, **options: Any) -> dict[str, Any]:
-    strategy = DSPStrategy(**strategy) if isinstance(strategy, dict) else strategy
+    strategy = DSPStrategy(**strategy, gather="all") if isinstance(strategy, dict) else strategy
     t = trainer(world_size, strategy, **{"max_epochs": 2, **options})
     L.seed_everything(7, workers=True, verbose=False)  # as Lightning does under DDP's kind
     t.fit(model, data, DataLoader(Marked(), batch_size=BATCH) if data is not None else None)

@@ -277,7 +277,7 @@ REFUSED: list[Any] = [
     ("Several", {}, "several optimizers cannot", "return one optimizer (with param groups)"),
     ("Synchronized", {}, "net.1 is a SyncBatchNorm", "plain BatchNorm"),
     ("Before", {}, "before the module that was cut has parameters to train", "make it part of that module"),
-    ("Around", {}, "training_step did not call the module that was cut", "DSPStrategy(module=...)"),
+    ("Around", {}, "a step did not call self.net(...), the module that was cut", "DSPStrategy(module=...)"),
     ("Nothing", {}, "training_step returned None", "return a loss"),
     ("Across", {}, "blocks 0 and 1 share a parameter", "choose a split that keeps both in one block"),
     ("Tied", {}, "of block 0, and what lies outside of the blocks", "make it part of the module that is cut"),

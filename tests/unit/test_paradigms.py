@@ -21,8 +21,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lightning_stale.paradigms import ASP, BSP, DSSP, PARADIGMS, SSP, Paradigm, as_paradigm
-from lightning_stale.parameter_server import wire
 from tests.unit.reference import Event, RawEvent, Table, apply_event, best_grant, play, simulate
+from tests.unit.test_parcel import carried
 
 moderate = settings(max_examples=120)
 
@@ -644,13 +644,13 @@ def through_torch(state: Any) -> Any:
 
 
 ROUND_TRIPS: list[Callable[[Any], Any]] = [
-    lambda state: wire.decode_object(wire.encode_object(state)),
+    carried,
     through_msgpack,
     through_torch,
 ]
 
 
-@pytest.mark.parametrize("carry", ROUND_TRIPS, ids=["wire", "msgpack", "torch.save"])
+@pytest.mark.parametrize("carry", ROUND_TRIPS, ids=["parcel", "msgpack", "torch.save"])
 @settings(max_examples=40)
 @given(paradigm=paradigms, raw=st.one_of(raw_events, periodic_events()), at=st.integers(0, 79))
 def test_state_continues_identically(
