@@ -350,8 +350,8 @@ def rows(count: int, seed: int = 0) -> list[Tensor]:
 
 
 def loader(count: int, seed: int = 0) -> DataLoader[Any]:
-    """Return a loader of :func:`rows`."""
-    return DataLoader(rows(count, seed), batch_size=None)  # type: ignore[arg-type]
+    """Return a loader of :func:`rows`: of copies, since some forwards change their input in place."""
+    return DataLoader(rows(count, seed), batch_size=None, collate_fn=torch.clone)  # type: ignore[arg-type]
 
 
 class Snapshots:

@@ -280,6 +280,15 @@ def test_replaying_a_mask_leaves_the_random_state_alone() -> None:
 # --- in-place operations ----------------------------------------------------------------------------------------------
 
 
+def test_evaluation_leaves_the_tensors_of_the_loader_alone() -> None:
+    """They may be those of the data set, which the other stages read too."""
+    data = rows(0) - 1
+    before = data.clone()
+    (result,) = Stage(Block(nn.ReLU(inplace=True)), 2, first=True).evaluate((data,))
+    assert torch.equal(data, before)
+    assert torch.equal(result, before.relu())
+
+
 @pytest.mark.parametrize("m", [0, 1, 2])
 @pytest.mark.parametrize("recompute", [True, False])
 def test_a_leading_in_place_relu_changes_no_kept_input(m: int, recompute: bool) -> None:
