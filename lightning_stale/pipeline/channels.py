@@ -167,7 +167,7 @@ class SendChannel(_LinkedChannel):
             put(torch.tensor([0, 0, _CLOSE]), self._peer, self._group)
         except Exception as error:
             with self._changed:
-                self._error = error
+                self._error = _without_frames(error)
                 self._changed.notify_all()
 
     def _send(self, batch: int, description: bytes, tensors: list[Tensor], ready: torch.cuda.Event | None) -> None:
@@ -238,7 +238,7 @@ class ReceiveChannel(_LinkedChannel):
                     self._inbox.put((batch, put_together(tree, tensors)))
                 del tensors
         except Exception as error:
-            self._error = error
+            self._error = _without_frames(error)
 
     def _tensor(
         self,
@@ -287,6 +287,15 @@ def break_off_all(channels: Iterable[Channel]) -> None:
         if not channel.join(0.0):
             channel.break_off()
             channel.join(_BREAK_OFF_S)
+
+
+def _without_frames(error: Exception) -> Exception:
+    """Return it without what refers to the channel that keeps it, and to the group under it.
+
+    A group in a cycle goes at some garbage collection, which may be in a forked process, such as a loader's worker:
+    there its threads do not exist, and their end is a crash.
+    """
+    return error.with_traceback(None)
 
 
 def _describe(tensor: Tensor) -> list[Any]:

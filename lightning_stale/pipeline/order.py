@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -46,19 +47,27 @@ class SharedOrder(Sampler[Any]):
         deque(draws, maxlen=0)  # who asks beyond the end makes a sampler of torch's draw once more
 
 
-def share_order(loader: DataLoader[Any], batches: Any) -> None:
+def share_order(loader: DataLoader[Any], batches: Any) -> Callable[[], None]:
     """Make ``loader``, if it draws a random order, take that of rank 0 (in place).
 
     Args:
         loader: of any kind; one over an ``IterableDataset`` has no order to share.
         batches: its batch sampler, or ``None``.
+
+    Returns:
+        What gives the loader, which is the user's, its own order back, if it is still there.
     """
-    if isinstance(loader.dataset, IterableDataset):
-        return
-    if type(batches) is BatchSampler:
-        if not isinstance(batches.sampler, (SequentialSampler, SharedOrder)):
-            batches.sampler = SharedOrder(batches.sampler)
-        return
-    name = "sampler" if batches is None else "batch_sampler"  # the latter draws batches in a way of its own
-    if not isinstance(getattr(loader, name), (SequentialSampler, SharedOrder)):
-        loader.__dict__[name] = SharedOrder(getattr(loader, name))  # a DataLoader refuses the assignment
+    holder: Any = batches if type(batches) is BatchSampler else loader
+    name = "sampler" if batches is None or holder is batches else "batch_sampler"  # which draws in a way of its own
+    drawn = getattr(holder, name)
+    if isinstance(loader.dataset, IterableDataset) or isinstance(drawn, (SequentialSampler, SharedOrder)):
+        return lambda: None
+    vars(holder)[name] = SharedOrder(drawn)  # a DataLoader refuses the assignment
+    reference = weakref.ref(holder)  # loaders that are made for each epoch must go, and their workers with them
+
+    def undo() -> None:
+        there = reference()
+        if there is not None:
+            vars(there)[name] = getattr(there, name).sampler
+
+    return undo

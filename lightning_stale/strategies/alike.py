@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import msgpack
@@ -79,16 +80,20 @@ class Alike:
 
     # --- batches ----------------------------------------------------------------------------------------------------
 
-    def prepare(self, loader: DataLoader[Any]) -> None:
-        """Have all ranks draw the same order, and their workers and generators the same numbers."""
+    def prepare(self, loader: DataLoader[Any]) -> list[Callable[[], None]]:
+        """Have all ranks draw the same order, and their workers and generators the same numbers.
+
+        Returns:
+            What undoes it.
+        """
         if not self._shared:
-            return
-        share_order(loader, internals.batch_sampler(loader))
-        internals.seed_workers_alike(loader)
+            return []
+        undo = [share_order(loader, internals.batch_sampler(loader)), internals.seed_workers_alike(loader)]
         if loader.generator is not None:
             loader.generator.set_state(self._strategy.broadcast(loader.generator.get_state()))
             if not any(generator is loader.generator for generator in self._generators):
                 self._generators.append(loader.generator)
+        return undo
 
     def note_batch(self, batch: Any) -> None:
         """Remember what the loader has given, on the CPU still."""

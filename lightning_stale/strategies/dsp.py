@@ -181,7 +181,7 @@ class DSPStrategy(WholeModelStrategy):
     def process_dataloader(self, dataloader: object) -> object:
         """Have all ranks draw the same samples."""
         if self._alike is not None and isinstance(dataloader, DataLoader):
-            self._alike.prepare(dataloader)
+            self._undo_setup.extend(self._alike.prepare(dataloader))
         return dataloader
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:

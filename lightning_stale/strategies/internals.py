@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -266,8 +267,21 @@ def _call_first(places: list[tuple[Any, str]], call: Callable[[], None]) -> Call
     return undo
 
 
-def seed_workers_alike(loader: DataLoader[Any]) -> None:
-    """Seed the workers of ``loader`` on every rank as Lightning seeds rank 0's (``seed_everything(workers=True)``)."""
-    seeds = int(os.environ.get("PL_SEED_WORKERS", 0)) and loader.worker_init_fn is None
-    if seeds or loader.worker_init_fn is pl_worker_init_function:  # which asks for the rank
-        loader.worker_init_fn = partial(pl_worker_init_function, rank=0)
+def seed_workers_alike(loader: DataLoader[Any]) -> Callable[[], None]:
+    """Seed the workers of ``loader`` on every rank as Lightning seeds rank 0's; return what undoes it.
+
+    That is for ``seed_everything(workers=True)``.
+    """
+    before = loader.worker_init_fn
+    seeds = int(os.environ.get("PL_SEED_WORKERS", 0)) and before is None
+    if not seeds and getattr(before, "func", before) is not pl_worker_init_function:  # which asks for the rank
+        return lambda: None
+    loader.worker_init_fn = partial(pl_worker_init_function, rank=0)
+    reference = weakref.ref(loader)
+
+    def undo() -> None:
+        there = reference()
+        if there is not None:
+            there.worker_init_fn = before
+
+    return undo

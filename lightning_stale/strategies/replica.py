@@ -34,8 +34,9 @@ class SingleReplicaStrategy(PeerStrategy):
 
     def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
         """Broadcast once all ranks are there."""
+        broadcast = super().broadcast
         with self._all_ranks():
-            return super().broadcast(obj, src)
+            return self._guard(lambda: broadcast(obj, src))  # one of them may fail in it, on what cannot be pickled
 
     def barrier(self, name: str | None = None) -> None:
         """Wait until all ranks are there."""
@@ -45,7 +46,7 @@ class SingleReplicaStrategy(PeerStrategy):
 
     def _gather_everywhere(self, value: Any) -> list[Any]:
         with self._all_ranks():
-            return gather_everywhere(value)
+            return self._guard(lambda: gather_everywhere(value))
 
     @contextmanager
     def _all_ranks(self) -> Iterator[None]:

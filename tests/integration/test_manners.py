@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BasePredictionWriter, Timer
 from lightning.pytorch.utilities import grad_norm
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler
 
 from lightning_stale import DSPStrategy
 from tests.integration.harness import run_workers
@@ -43,6 +44,11 @@ class Several(Regression):
         return self.net(batch[0])
 
 
+class Unpicklable(Regression):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.net(batch[0]), lambda: None
+
+
 class Staged(Regression):
     def configure_stages(self) -> list[nn.Module]:
         return [self.net[:1], self.net[1:]]
@@ -56,7 +62,9 @@ def use_a_pipeline(rank: int) -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         t = trainer(2, "dsp", max_steps=4, log_every_n_steps=1)
-        t.fit(Normed(), loader())
+        shuffled = loader(shuffle=True, num_workers=1)
+        t.fit(Normed(), shuffled)
+    said["sampler"] = type(shuffled.batch_sampler.sampler), shuffled.worker_init_fn
     said["warned"] = sum("is that of the last stage alone" in str(warning.message) for warning in caught)
     writer, model = Writer(), Several()
     data = loader(samples=32)
@@ -70,6 +78,10 @@ def use_a_pipeline(rank: int) -> dict[str, Any]:
         trainer(2, "dsp", max_steps=4).fit(Staged(), loader())  # calls self.net, and not self
     except Exception as error:
         said["hint"] = str(error)
+    try:
+        trainer(2, "dsp").predict(Unpicklable(), data)
+    except Exception as error:
+        said["unpicklable"] = repr(error)
     return said
 
 
@@ -77,6 +89,7 @@ def test_what_the_ranks_of_a_pipeline_say(tmp_path: Path) -> None:
     results = run_workers(use_a_pipeline, 2, tmp_path)
     assert results[0]["warned"] > 0
     for result in results:
+        assert result["sampler"] == (RandomSampler, None), "the loader is the user's, who may read it on one rank"
         assert all(map(torch.equal, result["predictions"], results[0]["expected"]))
         assert len(result["predictions"]) == 4
         assert result["none"] is None
@@ -85,6 +98,8 @@ def test_what_the_ranks_of_a_pipeline_say(tmp_path: Path) -> None:
         assert "write self(x) instead of, say, self.net(x)" in result["hint"]
     assert results[0]["written"][:5] == [torch.Size([8, 1])] * 4 + [4]
     assert results[1]["written"] == []
+    assert "ickle" in results[0]["unpicklable"]
+    assert results[1]["unpicklable"].startswith("RunFailedError")
 
 
 def fit_with_timer(rank: int, limits: list[int]) -> list[int]:

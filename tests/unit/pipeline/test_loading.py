@@ -212,12 +212,14 @@ def test_a_gpu_is_asked_for_inputs_now_and_then_only_and_else_draws_decide() -> 
 def test_workers_are_seeded_as_those_of_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
     data = TensorDataset(X)
     monkeypatch.setenv("PL_SEED_WORKERS", "1")
-    for given in (None, pl_worker_init_function):
+    for given in (None, pl_worker_init_function, partial(pl_worker_init_function, rank=1)):  # the last is Lightning's
         loader = DataLoader(data, worker_init_fn=given)
-        internals.seed_workers_alike(loader)
+        undo = internals.seed_workers_alike(loader)
         assert isinstance(loader.worker_init_fn, partial)
         assert loader.worker_init_fn.func is pl_worker_init_function
         assert loader.worker_init_fn.keywords == {"rank": 0}
+        undo()
+        assert loader.worker_init_fn is given
     own = DataLoader(data, worker_init_fn=print)
     internals.seed_workers_alike(own)
     assert own.worker_init_fn is print

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,8 @@ def test_a_shared_order_is_that_of_the_sampler() -> None:
     assert expected[0] != expected[1], "another order in every epoch"
 
 
-def share(loader: DataLoader[Any]) -> None:
-    share_order(loader, internals.batch_sampler(loader))
+def share(loader: DataLoader[Any]) -> Callable[[], None]:
+    return share_order(loader, internals.batch_sampler(loader))
 
 
 def drawn(loader: DataLoader[Any]) -> list[Any]:
@@ -77,14 +77,17 @@ def test_whatever_draws_at_random_is_shared_once_and_draws_as_before(options: di
     expected = drawn(DataLoader(DATA, **options))
     assert expected != drawn(DataLoader(DATA, batch_size=options.get("batch_size", 4)))
     loader = DataLoader(DATA, **options)
-    share(loader)
-    share(loader)  # again, as a second fit does: once is enough
+    before = (loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
+    undo = share(loader)
+    share(loader)()  # again, as a second fit does: once is enough
     assert drawn(loader) == expected
     assert len(loader) == len(expected)
     holders = [loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)]
     shared = [holder for holder in holders if isinstance(holder, SharedOrder)]
     assert len({id(holder) for holder in shared}) == 1
     assert not isinstance(shared[0].sampler, SharedOrder)
+    undo()
+    assert (loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)) == before
 
 
 @pytest.mark.usefixtures("group")
