@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,7 @@ class ParameterStore:
         self._parameters = [torch.nn.Parameter(view, requires_grad=_may_learn(view)) for view in layout.views(weights)]
         self.optimizers: list[Optimizer] = []
         self._places: list[list[int]] = []
+        self._in_several: set[int] = set()  # the places that more than one optimizer has
         self._own_options: list[set[tuple[int, str]]] = []  # what `step` itself keeps in its param groups
 
     @property
@@ -56,6 +58,8 @@ class ParameterStore:
         self.optimizers = list(optimizers)
         self._places = [parameter_places(optimizer, place) for optimizer in optimizers]
         self._own_options = [set() for _ in optimizers]
+        holders = Counter(place for places in self._places for place in set(places))
+        self._in_several = {place for place, count in holders.items() if count > 1}
 
     def places(self, optimizer: int) -> list[int]:
         """Return which slots belong to ``optimizer``, in the order of its param groups."""
@@ -79,6 +83,8 @@ class ParameterStore:
         for position, place in enumerate(self._places[first.optimizer]):
             given = [push.gradients[place] for push in pushes if push.used[position]]
             if given:
+                if len(pushes) > 1 and place in self._in_several:
+                    given[0] = given[0].clone()  # the worker may push the same gradient for the next optimizer
                 # The worker waits for its OK: until then its gradient buffer is the server's to use.
                 self._parameters[place].grad = _mean_into_first(given, len(pushes))
                 touched.append(self._parameters[place])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import atexit
 import logging
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from functools import partial
+from typing import Any, Literal, NoReturn, TypeVar
 
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.pytorch import LightningModule, Trainer
@@ -193,6 +195,24 @@ class StaleStrategy(DDPStrategy):
                 raise KeyboardInterrupt from error
             raise
 
+    @contextmanager
+    def _ending_alike(self) -> Iterator[None]:
+        """Run a collective: where a signal has ended another rank amid it, this one ends so too, and not by an error.
+
+        Of two ranks that have both come to it, one may see the signal before it goes in.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            told = self._told() if internals.is_lost_connection(error) else None
+            if told is None or told.kind == "error":
+                raise
+            self._guard(partial(_throw, told))
+
+    @abstractmethod
+    def _told(self) -> RunFailedError | None:
+        """Return why another rank has ended, if that is known by now."""
+
     def _check_signals(self) -> None:
         if self._require_trainer().received_sigterm:
             raise SIGTERMException
@@ -212,19 +232,23 @@ class StaleStrategy(DDPStrategy):
                 "self.log(..., on_step=True, sync_dist=True) in a training batch makes all workers meet at every "
                 "batch, so that a slow one holds up the others: write sync_dist=False, or on_step=False"
             )
-        return super().reduce(tensor, group, reduce_op)
+        with self._ending_alike():
+            return super().reduce(tensor, group, reduce_op)
 
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
         self._before_collective("all_gather", group)
-        return super().all_gather(tensor, group, sync_grads)
+        with self._ending_alike():
+            return super().all_gather(tensor, group, sync_grads)
 
     def broadcast(self, obj: _T, src: int = 0) -> _T:
         self._before_collective("broadcast")
-        return super().broadcast(obj, src)
+        with self._ending_alike():
+            return super().broadcast(obj, src)
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         self._before_collective("barrier")
-        super().barrier(*args, **kwargs)
+        with self._ending_alike():
+            super().barrier(*args, **kwargs)
 
     def _before_collective(self, name: str, group: Any | None = None) -> None:
         """Called before all workers (``group``: ``None``) or some of them enter a collective of Lightning's."""
@@ -237,3 +261,7 @@ class StaleStrategy(DDPStrategy):
             and module.trainer.training
             and internals.current_hook(module) in _PER_BATCH_HOOKS
         )
+
+
+def _throw(error: RunFailedError) -> NoReturn:
+    raise error

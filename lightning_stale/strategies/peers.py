@@ -58,6 +58,14 @@ class PeerStrategy(StaleStrategy):
         assert self._health is not None
         self._guard(self._health.check)
 
+    def _told(self) -> RunFailedError | None:
+        if self._health is not None:
+            try:
+                self._health.check(fresh=True)
+            except RunFailedError as failure:
+                return failure
+        return None
+
     def on_exception(self, exception: BaseException) -> None:
         """Tell the other ranks; in ``fit`` they have been told already, before any other callback."""
         self.report(exception)

@@ -54,7 +54,8 @@ class SingleReplicaStrategy(PeerStrategy):
         with self._quiet():
             if self._roll_call is not None:
                 self._guard(self._roll_call.wait)
-            yield
+            with self._ending_alike():
+                yield
 
     def _quiet(self) -> AbstractContextManager[None]:
         """Return what a collective runs in that nothing else on the device may meet."""

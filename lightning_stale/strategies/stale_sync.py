@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from lightning.pytorch import Trainer
@@ -254,8 +255,17 @@ class StaleSyncStrategy(StaleStrategy):
         client = self._client
         if client is None or client.failure is not None or isinstance(exception, ServerLostError):
             return  # nobody to tell, or told by the server
-        cause = client.abort(*describe(exception))
-        exception.__cause__ = exception.__cause__ or cause
+        kind, text = describe(exception)
+        cause = client.abort(kind, text)
+        if kind == "error":  # and not a signal, which this rank has received, and passed on to who was faster to say so
+            exception.__cause__ = exception.__cause__ or cause
+
+    def _told(self) -> RunFailedError | None:
+        if self._client is None:
+            return None
+        with suppress(ServerLostError, WireError):
+            self._client.summary()  # the server tells a failure before it answers
+        return self._client.failure
 
     def _before_collective(self, name: str, group: Any | None = None) -> None:
         """Meet at the server first: it tells workers that are at different places, or one of which has failed.

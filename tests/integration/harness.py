@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import multiprocessing
 import os
 import pickle
@@ -16,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import uuid
@@ -35,6 +37,20 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     ["lightning_stale", "lightning_stale.parameter_server.server", "tests.integration.models"]
 )
+
+
+_SESSION = f"{os.getpid()}-{uuid.uuid4().hex}"
+_LAST_WILL = f"""
+import sys
+sys.stdin.read()
+import psutil
+for process in psutil.process_iter():
+    try:
+        if process.environ().get({MARK!r}, "").startswith({_SESSION!r}):
+            process.kill()
+    except psutil.Error:
+        pass
+"""
 
 
 @dataclass
@@ -113,7 +129,7 @@ def workers(
     **kwargs: Any,
 ) -> Iterator[Workers]:
     """Start ``function(rank, *args, **kwargs)`` on ``world_size`` ranks; on the way out, nothing of them is left."""
-    group = Workers(mark=uuid.uuid4().hex, folder=folder)
+    group = Workers(mark=_new_mark(), folder=folder)
     folder.mkdir(parents=True, exist_ok=True)
     port = str(free_port())
     for rank in range(world_size):
@@ -199,7 +215,7 @@ def script(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "script.py"
     path.write_text(code)
-    mark = uuid.uuid4().hex
+    mark = _new_mark()
     environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
     environment |= {MARK: mark, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
     output = (folder / "output.txt").open("w+")
@@ -239,6 +255,17 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _new_mark() -> str:
+    """Return the mark of a test; what has it ends with this process, however that ends: a script may run for ever."""
+    _leave_last_will()
+    return f"{_SESSION}-{uuid.uuid4().hex}"
+
+
+@functools.cache
+def _leave_last_will() -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", _LAST_WILL], stdin=subprocess.PIPE, start_new_session=True)
 
 
 def marked(mark: str, groups: Collection[int] = ()) -> list[psutil.Process]:
@@ -281,6 +308,7 @@ def _main(
 ) -> None:
     os.environ.update(environment)
     os.setpgrp()  # what this worker forks is found by its group; what it executes, by the mark in the environment too
+    threading.Thread(target=_end_with_the_tests, daemon=True).start()
     multiprocessing.set_start_method("fork", force=True)  # as in a user's process: DataLoader workers end with this one
     stack = (Path(folder) / f"stack-{rank}").open("w")
     faulthandler.register(signal.SIGUSR2, file=stack, all_threads=True)
@@ -297,3 +325,10 @@ def _main(
     if value[0] == "error":
         print(value[1], file=sys.stderr)
         sys.exit(1)
+
+
+def _end_with_the_tests() -> None:
+    tests = multiprocessing.parent_process()
+    assert tests is not None
+    tests.join()
+    os.kill(os.getpid(), signal.SIGKILL)

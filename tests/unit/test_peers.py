@@ -6,9 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_stale import HPSGDStrategy
+from lightning_stale import DSPStrategy, HPSGDStrategy
 from lightning_stale.failures import FailureKind, RunFailedError
 
 BROKEN = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:4711"
@@ -25,12 +26,16 @@ class Health:
         if self.failure is not None:
             raise self.failure
 
+    def check(self, fresh: bool) -> None:
+        assert fresh
+        self.blame()
+
     def fail(self, kind: str, text: str) -> None:
         self.told.append((kind, text))
 
 
-def make(failure: RunFailedError | None) -> tuple[Any, Health]:
-    strategy: Any = HPSGDStrategy()
+def make(failure: RunFailedError | None, strategy_class: Any = HPSGDStrategy) -> tuple[Any, Health]:
+    strategy: Any = strategy_class()
     health = strategy._health = Health(failure)
     trainer = SimpleNamespace(_signal_connector=SimpleNamespace(received_sigterm=False), received_sigterm=False)
     strategy._lightning_module = SimpleNamespace(trainer=trainer)
@@ -107,3 +112,20 @@ def test_who_has_received_a_signal_itself_does_not_name_another(caplog: pytest.L
         (record,) = caplog.records
         assert record.getMessage() == f"rank {int(told)} received SIGTERM: the run ends, on all ranks"
         assert health.told == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "raised"), [("error", RuntimeError), ("sigterm", SIGTERMException), ("interrupt", KeyboardInterrupt)]
+)
+def test_a_collective_that_breaks_because_of_a_signal_ends_this_rank_as_the_signal_does(
+    kind: FailureKind, raised: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ranks had come to it, and the other one then saw that it is to end."""
+    monkeypatch.setattr(DDPStrategy, "barrier", lambda *_: broken())
+    monkeypatch.setattr(DDPStrategy, "broadcast", lambda *_: broken())
+    for strategy_class in (HPSGDStrategy, DSPStrategy):
+        strategy, _ = make(RunFailedError(kind, "rank 1 has ended"), strategy_class)
+        for collective in (strategy.barrier, lambda: strategy.broadcast(1)):  # noqa: B023
+            with pytest.raises(raised) as caught:
+                collective()
+            assert type(caught.value) is raised

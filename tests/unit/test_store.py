@@ -276,3 +276,20 @@ def test_a_parameter_that_cannot_learn_is_kept() -> None:
     layout = Layout.of([torch.zeros(2, dtype=torch.int64), torch.zeros(2)])
     store = ParameterStore(torch.zeros(layout.nbytes, dtype=torch.uint8), layout)
     assert [parameter.requires_grad for parameter in store.parameters] == [False, True]
+
+
+@pytest.mark.parametrize("clip", [None, (0.25, "norm")])
+def test_a_gradient_that_is_pushed_for_two_optimizers_means_the_same_to_both(clip: Any) -> None:
+    """A parameter of both, one backward pass, and a step of each: the worker's gradient must still be there."""
+    makes = [lambda parameters: torch.optim.SGD(parameters, lr=1.0)] * 2
+    store = make_store((makes[0], (0, 1)), (makes[1], (1, 2)))
+    rounds = [[push_of(store, seed, index, clip=clip) for seed in (1, 2)] for index in (0, 1)]
+    first, second = rounds
+    second = [replace(mine, gradients=earlier.gradients) for mine, earlier in zip(second, first, strict=True)]
+    kept = [gradients(seed)[1] for seed in (1, 2)]
+    store.apply_mean(first)
+    store.apply_mean(second)
+    assert all(torch.equal(push.gradients[1], gradient) for push, gradient in zip(second, kept, strict=True))
+    if clip is None:
+        mean = (kept[0] + kept[1]) / 2
+        torch.testing.assert_close(store.parameters[1].detach(), start_values()[1] - 2 * mean)

@@ -1,0 +1,60 @@
+"""Processes of a test end with the tests, also if these are killed: a script that trains for ever would go on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+from tests.integration.harness import ROOT, wait_for_file
+
+SCRIPT = """
+import subprocess, sys, time
+from pathlib import Path
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], start_new_session=True)  # as torchrun
+Path("pids-new").write_text(f"{__import__('os').getpid()} {child.pid}")
+Path("pids-new").rename("pids")
+time.sleep(1000)
+"""
+TESTS = f"""
+import sys
+from pathlib import Path
+from tests.integration.harness import script, workers
+from tests.integration.test_harness import sleep
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    with script({SCRIPT!r}, folder) as process, workers(sleep, 1, folder / "workers", folder) as group:
+        process.wait()
+"""
+
+
+def sleep(rank: int, folder: Path) -> None:
+    import os
+    import time
+
+    (folder / "worker-new").write_text(str(os.getpid()))
+    (folder / "worker-new").rename(folder / "worker")
+    time.sleep(1000)
+
+
+def test_nothing_outlives_tests_that_are_killed(tmp_path: Path) -> None:
+    program = tmp_path / "killed.py"
+    program.write_text(TESTS)
+    tests = subprocess.Popen([sys.executable, program, tmp_path], env={"PYTHONPATH": str(ROOT)})
+    started = []
+    try:
+        for name in ("pids", "worker"):
+            wait_for_file(tmp_path / name)
+            started += [psutil.Process(int(pid)) for pid in (tmp_path / name).read_text().split()]
+        assert len(started) == 3
+        tests.kill()
+        tests.wait()
+        assert psutil.wait_procs(started, timeout=30)[1] == []
+    finally:
+        tests.kill()
+        for process in started:
+            if process.is_running():
+                process.kill()
