@@ -128,4 +128,5 @@ def test_a_collective_that_breaks_because_of_a_signal_ends_this_rank_as_the_sign
         for collective in (strategy.barrier, lambda: strategy.broadcast(1)):  # noqa: B023
             with pytest.raises(raised) as caught:
                 collective()
-            assert type(caught.value) is raised
+            names_it = strategy_class is DSPStrategy and collective != strategy.barrier and raised is RuntimeError
+            assert type(caught.value) is (RunFailedError if names_it else raised)
