@@ -13,6 +13,7 @@ from lightning_stale.parameter_server.endpoint import Endpoint
 from lightning_stale.parameter_server.secret import SecretError, SecretFile
 
 _POLL_S = 0.02
+_FAREWELL_S = 3.0
 
 
 class ServerUnavailableError(ConnectionError):
@@ -28,11 +29,11 @@ class Introduction:
         store: of all ranks.
         run: a name that no other run has, the same on all ranks.
         rank: this one.
-        alone: whether there is no other.
+        others: how many other ranks there are.
     """
 
-    def __init__(self, store: Store, run: str, rank: int, alone: bool) -> None:
-        self._store, self._run, self._rank, self._alone = store, run, rank, alone
+    def __init__(self, store: Store, run: str, rank: int, others: int) -> None:
+        self._store, self._run, self._rank, self._others = store, run, rank, others
         self._key = f"lightning_stale/{run}"
         self._file: SecretFile | None = None
 
@@ -40,7 +41,7 @@ class Introduction:
         """On rank 0: have ``start`` make the server, and tell the others; or that it has failed."""
         try:
             given = secret.from_environment()
-            if given is None and self._alone:
+            if given is None and self._others == 0:
                 given = secret.fresh()
             if given is None:
                 self._file = SecretFile()
@@ -49,6 +50,7 @@ class Introduction:
             endpoint = start(credentials)
         except BaseException as error:
             self._store.set(self._key, f"-{type(error).__name__}: {error}")
+            self._wait_until_heard()
             raise
         name = "" if self._file is None else self._file.name
         self._store.set(self._key, f"+{name}\n{endpoint.encode(credentials)}")
@@ -69,6 +71,7 @@ class Introduction:
             time.sleep(_POLL_S)
         answer: str = self._store.get(self._key).decode()
         if not answer.startswith("+"):
+            self._store.add(f"{self._key}/heard", 1)
             raise ServerUnavailableError(f"rank 0 could not start the parameter server: {answer[1:]}")
         name, _, sealed = answer[1:].partition("\n")
         credentials = Credentials.derive(self._find_secret(name), self._run)
@@ -85,6 +88,12 @@ class Introduction:
         if self._file is not None:
             self._file.remove()
             self._file = None
+
+    def _wait_until_heard(self) -> None:
+        """Give the others time to read why there is no server: the store mostly ends with rank 0."""
+        deadline = time.monotonic() + _FAREWELL_S
+        while self._store.add(f"{self._key}/heard", 0) < self._others and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
 
     def _find_secret(self, name: str) -> str:
         given = secret.from_environment()

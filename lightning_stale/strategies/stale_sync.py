@@ -327,7 +327,7 @@ class StaleSyncStrategy(StaleStrategy):
     def _share_endpoint(self) -> tuple[Endpoint, Credentials]:
         run = self.broadcast(uuid.uuid4().hex)
         self._introduction = Introduction(
-            internals.rendezvous_store(), run, self.global_rank, alone=self.world_size == 1
+            internals.rendezvous_store(), run, self.global_rank, others=self.world_size - 1
         )
         if self.is_global_zero:
             return self._introduction.offer(self._start_server)

@@ -30,7 +30,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def introduce(store: HashStore, rank: int, run: str = "run") -> Introduction:
-    return Introduction(store, run, rank, alone=False)
+    return Introduction(store, run, rank, others=1)
 
 
 # --- keys ---------------------------------------------------------------------------------------------------------
