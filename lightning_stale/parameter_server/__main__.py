@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 
-from lightning_stale.parameter_server.watchdog import end_with
+from lightning_stale.coordinator.watchdog import end_with
 
 # What is sent to the whole group, by Ctrl-C, a terminal that closes or SLURM: rank 0 decides when this ends.
 for _signal in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
@@ -26,12 +26,12 @@ import pickle
 import torch
 from torch import Tensor
 
-from lightning_stale.parameter_server.memory import SharedMemoryError
 from lightning_stale.parameter_server.pickling import compute_on_cpu, load_optimizers
 from lightning_stale.parameter_server.process import Job
 from lightning_stale.parameter_server.server import ParameterServer
-from lightning_stale.parameter_server.socket import ServerSocket
 from lightning_stale.parameter_server.store import ParameterStore
+from lightning_stale.transport.memory import SharedMemoryError
+from lightning_stale.transport.sockets import ServerSocket
 
 
 def main() -> None:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from lightning_stale.failures import RunFailedError
-from lightning_stale.parameter_server import memory, wire
-from lightning_stale.parameter_server.credentials import Credentials
-from lightning_stale.parameter_server.endpoint import Endpoint
-from lightning_stale.parameter_server.layout import Layout
 from lightning_stale.parameter_server.options import Options
-from lightning_stale.parameter_server.parcel import unpack
-from lightning_stale.parameter_server.socket import WorkerSocket
+from lightning_stale.transport import memory, wire
+from lightning_stale.transport.credentials import Credentials
+from lightning_stale.transport.endpoint import Endpoint
+from lightning_stale.transport.layout import Layout
+from lightning_stale.transport.parcel import unpack
+from lightning_stale.transport.sockets import WorkerSocket
 
 Transport = Literal["auto", "shm", "tcp"]
 CONNECT_TIMEOUT_S = 60.0

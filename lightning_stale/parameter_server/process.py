@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_stale.paradigms import Paradigm
-from lightning_stale.parameter_server.credentials import Credentials
-from lightning_stale.parameter_server.layout import Layout
 from lightning_stale.parameter_server.pickling import dump_optimizers, memory_of
-from lightning_stale.parameter_server.socket import KeyPair
+from lightning_stale.transport.credentials import Credentials
+from lightning_stale.transport.layout import Layout
+from lightning_stale.transport.sockets import KeyPair
 
 START_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 3.0

@@ -14,15 +14,15 @@ import torch
 import zmq
 from torch import Tensor
 
+from lightning_stale.coordinator.meetings import DifferentPlacesError, Meeting
+from lightning_stale.events.summaries import RunStatistics
 from lightning_stale.paradigms import Paradigm
-from lightning_stale.parameter_server import memory, wire
-from lightning_stale.parameter_server.delivery import Deliveries, Piece
-from lightning_stale.parameter_server.layout import Layout
-from lightning_stale.parameter_server.meeting import DifferentPlacesError, Meeting
-from lightning_stale.parameter_server.parcel import pack
-from lightning_stale.parameter_server.socket import ServerSocket
-from lightning_stale.parameter_server.statistics import RunStatistics
 from lightning_stale.parameter_server.store import ParameterStore, Push
+from lightning_stale.transport import memory, wire
+from lightning_stale.transport.delivery import Deliveries, Piece
+from lightning_stale.transport.layout import Layout
+from lightning_stale.transport.parcel import pack
+from lightning_stale.transport.sockets import ServerSocket
 
 log = logging.getLogger(__name__)
 

@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_stale.groups import break_off
 from lightning_stale.pipeline import strides
 from lightning_stale.pipeline.transfer import GlooTransfer, Transfer, get, put
 from lightning_stale.pipeline.values import Tree, put_together, take_apart
+from lightning_stale.transport.groups import break_off
 
 _POLL_S = 0.5
 _BREAK_OFF_S = 10.0

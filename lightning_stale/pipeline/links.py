@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_stale.groups import destroy, new_group
 from lightning_stale.pipeline.channels import Channel, ReceiveChannel, SendChannel, break_off_all, end
 from lightning_stale.pipeline.staleness import Staleness
 from lightning_stale.pipeline.transfer import GrantedTransfer
+from lightning_stale.transport.groups import destroy, new_group
 
 _POLL_S = 0.5
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_stale.groups import FOREVER, break_off
+from lightning_stale.transport.groups import FOREVER, break_off
 
 _GRANT = 1
 """The tag under which the receiver answers."""

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_stale.pipeline.internals import registered_node
+from lightning_stale.private.of_torch import registered_node
 
 Tree = list[Any]
 """``[kind, ...]``: lists, strings, numbers and None, which every encoding can carry."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from lightning_stale.pipeline.internals import set_versions
+from lightning_stale.private.of_torch import set_versions
 
 
 class ForwardWeights:

@@ -15,7 +15,7 @@ from lightning_stale.pipeline.order import share_order
 from lightning_stale.pipeline.pipeline import Pipeline
 from lightning_stale.pipeline.randomness import RandomState
 from lightning_stale.pipeline.streams import DerivedStreams, Streams, TravellingStream
-from lightning_stale.strategies import internals
+from lightning_stale.private import of_lightning
 
 if TYPE_CHECKING:
     from lightning_stale.strategies.replica import SingleReplicaStrategy
@@ -88,7 +88,7 @@ class Alike:
         """
         if not self._shared:
             return []
-        undo = [share_order(loader, internals.batch_sampler(loader)), internals.seed_workers_alike(loader)]
+        undo = [share_order(loader, of_lightning.batch_sampler(loader)), of_lightning.seed_workers_alike(loader)]
         if loader.generator is not None:
             loader.generator.set_state(self._strategy.broadcast(loader.generator.get_state()))
             if not any(generator is loader.generator for generator in self._generators):

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lightning_stale.pipeline.stage import Block
-from lightning_stale.strategies import internals
+from lightning_stale.private import of_lightning
 
 
 def compile_blocks(model: nn.Module, path: str, blocks: Sequence[Block]) -> None:
@@ -21,7 +21,7 @@ def compile_blocks(model: nn.Module, path: str, blocks: Sequence[Block]) -> None
     """
     parts = path.split(".") if path else []
     holders = [model, *(model.get_submodule(".".join(parts[: n + 1])) for n in range(len(parts)))]
-    compilers = [compiler for holder in holders if (compiler := internals.compiler(holder)) is not None]
+    compilers = [compiler for holder in holders if (compiler := of_lightning.compiler(holder)) is not None]
     if not compilers:
         return
     for block in blocks:

@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_stale.pipeline import partition
 from lightning_stale.pipeline.stage import Block
-from lightning_stale.strategies import internals
+from lightning_stale.private import of_lightning
 from lightning_stale.strategies.compiled import compile_blocks
 
 Split = Literal["params", "time"] | Sequence[int] | Sequence[str]
@@ -77,7 +77,7 @@ def _starts(trainer: Trainer, body: nn.Sequential, stages: int, split: Split) ->
     if split == "time":
         starts: Any = None
         if trainer.is_global_zero:  # measured once, on what the body is given for the first batch
-            example = internals.first_input(trainer, body)
+            example = of_lightning.first_input(trainer, body)
             costs = partition.measure_layers(body, example, context=trainer.precision_plugin.forward_context)
             starts = partition.cut_points(costs, stages)
         return list(trainer.strategy.broadcast(starts))

@@ -7,8 +7,8 @@ import time
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.distributed.distributed_c10d import Store
 
+from lightning_stale.coordinator.meetings import different_places
 from lightning_stale.health import Health
-from lightning_stale.parameter_server.meeting import different_places
 
 _POLL_S = 0.001
 _MAX_POLL_S = 0.05

@@ -26,7 +26,7 @@ from lightning_stale.pipeline import pieces
 from lightning_stale.pipeline.meta import assign, initialize, on_meta
 from lightning_stale.pipeline.ownership import move, tensors_of, without_meta
 from lightning_stale.pipeline.part import Part, give
-from lightning_stale.strategies import internals
+from lightning_stale.private import of_lightning
 from lightning_stale.strategies.replica import SingleReplicaStrategy
 
 Whole = Literal["rank0", "all"]
@@ -83,8 +83,8 @@ class WholeModelStrategy(SingleReplicaStrategy):
         give(module, kept, self.global_rank, self.root_device, self._spread)
         self._leave_file(module, kept[self.global_rank])
         move(module, kept[self.global_rank], self.root_device)
-        internals.note_device(module, self.root_device)
-        self._undo_setup.append(internals.skip_broadcast(module))
+        of_lightning.note_device(module, self.root_device)
+        self._undo_setup.append(of_lightning.skip_broadcast(module))
 
     def _see_to_values(self, module: nn.Module) -> None:
         """See that rank 0's model has values; of the others', what they own comes from there."""
@@ -122,7 +122,7 @@ class WholeModelStrategy(SingleReplicaStrategy):
         """Take the other ranks' parts out of memory."""
         module = trainer.lightning_module
         own, readable = self._own()
-        averages = internals.averaged_models(trainer)
+        averages = of_lightning.averaged_models(trainer)
         self._part = Part(
             module,
             own,
@@ -144,7 +144,7 @@ class WholeModelStrategy(SingleReplicaStrategy):
         Raises:
             MisconfigurationException: names the callback and the cure.
         """
-        for callback in internals.callbacks(trainer) if self.world_size > 1 else ():
+        for callback in of_lightning.callbacks(trainer) if self.world_size > 1 else ():
             name = type(callback).__name__
             if isinstance(callback, StochasticWeightAveraging):
                 raise MisconfigurationException(

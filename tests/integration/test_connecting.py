@@ -15,10 +15,10 @@ import zmq
 from lightning_stale import ASP
 from lightning_stale.parameter_server import client as client_module
 from lightning_stale.parameter_server.client import ParameterClient, ServerLostError
-from lightning_stale.parameter_server.credentials import Credentials
-from lightning_stale.parameter_server.endpoint import Endpoint
-from lightning_stale.parameter_server.layout import Layout
 from lightning_stale.parameter_server.process import ServerProcess, ServerStartError
+from lightning_stale.transport.credentials import Credentials
+from lightning_stale.transport.endpoint import Endpoint
+from lightning_stale.transport.layout import Layout
 from tests.integration.harness import free_port, run_workers
 
 CREDENTIALS = Credentials.derive("s" * 32, "run")

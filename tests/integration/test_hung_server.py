@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_stale.coordinator.watchdog import GRACE_S
 from lightning_stale.parameter_server import client as client_module
-from lightning_stale.parameter_server.watchdog import GRACE_S
 from tests.integration.harness import ROOT, workers
 from tests.integration.models import Regression, loader, trainer
 
@@ -87,7 +87,7 @@ time.sleep(3600)
 
 SERVER = """
 import os, sys, time
-from lightning_stale.parameter_server import watchdog
+from lightning_stale.coordinator import watchdog
 watchdog.GRACE_S = 0.1
 watchdog.end_with(os.getppid(), sys.stdin.fileno())
 print("ready", flush=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_stale import DSPStrategy
-from lightning_stale.strategies import internals
+from lightning_stale.private import of_lightning
 from tests.integration.models import Regression, assert_same, loader, trainer, weights
 
 graphs: list[list[Any]] = []
@@ -119,12 +119,12 @@ def test_a_recomputed_compiled_block_trains_as_one_that_is_not(tmp_path: Any) ->
 def test_internals_find_the_compiler(compiled: bool) -> None:
     """The same for all three ways; it compiles with the same backend."""
     layer = nn.Sequential(nn.Linear(3, 3))
-    assert internals.compiler(layer) is None
+    assert of_lightning.compiler(layer) is None
     if compiled:
         layer.compile(backend=backend)
-        found = internals.compiler(layer)
+        found = of_lightning.compiler(layer)
     else:
-        found = internals.compiler(torch.compile(layer, backend=backend))
+        found = of_lightning.compiler(torch.compile(layer, backend=backend))
     assert found is not None
     assert found(lambda x: x.sin() + 1)(torch.ones(2)).shape == (2,)
     assert len(graphs) == 1

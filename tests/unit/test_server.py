@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_stale.paradigms import ASP, BSP, DSSP, SSP, Paradigm
-from lightning_stale.parameter_server import memory, wire
-from lightning_stale.parameter_server.layout import Layout
 from lightning_stale.parameter_server.options import read_options
-from lightning_stale.parameter_server.parcel import unpack
 from lightning_stale.parameter_server.server import ParameterServer
 from lightning_stale.parameter_server.store import ParameterStore
+from lightning_stale.transport import memory, wire
+from lightning_stale.transport.layout import Layout
+from lightning_stale.transport.parcel import unpack
 
 SHAPES = [(3,), (2, 2)]
 LR = 0.5

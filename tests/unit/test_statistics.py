@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_stale.parameter_server.statistics import WorkerStatistics
+from lightning_stale.events.summaries import WorkerStatistics
 
 
 def test_nothing_yet() -> None:

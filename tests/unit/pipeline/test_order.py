@@ -21,7 +21,7 @@ from torch.utils.data import (
 )
 
 from lightning_stale.pipeline.order import SharedOrder, share_order
-from lightning_stale.strategies import internals
+from lightning_stale.private import of_lightning
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_a_shared_order_is_that_of_the_sampler() -> None:
 
 
 def share(loader: DataLoader[Any]) -> Callable[[], None]:
-    return share_order(loader, internals.batch_sampler(loader))
+    return share_order(loader, of_lightning.batch_sampler(loader))
 
 
 def drawn(loader: DataLoader[Any]) -> list[Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import zmq
 from zmq.utils import z85
 
-from lightning_stale.parameter_server.socket import KeyPair
+from lightning_stale.transport.sockets import KeyPair
 
 
 class ForgedError(RuntimeError):

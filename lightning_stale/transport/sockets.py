@@ -9,7 +9,7 @@ import zmq.auth
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import recv_monitor_message
 
-from lightning_stale.parameter_server import wire
+from lightning_stale.transport import wire
 
 _ZAP_DOMAIN = "lightning-stale"
 

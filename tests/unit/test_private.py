@@ -16,8 +16,7 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
-from lightning_stale.pipeline import internals as pipeline_internals
-from lightning_stale.strategies import internals
+from lightning_stale.private import of_lightning, of_torch
 from tests.integration.models import Regression, loader
 
 
@@ -34,7 +33,7 @@ def test_a_batch_of_lightning_ends_in_the_collective_that_is_replaced() -> None:
 
 def test_free_batches_replaces_and_restores(trainer: Trainer) -> None:
     loop, connector = trainer.fit_loop.epoch_loop, trainer._signal_connector
-    undo = internals.free_batches(trainer)
+    undo = of_lightning.free_batches(trainer)
     assert "_broadcast_sigterm_tensor" in vars(loop)
     assert "_sigterm_notifier_fn" in vars(connector)
     undo()
@@ -50,7 +49,7 @@ def test_a_batch_without_collectives_calls_none(trainer: Trainer, monkeypatch: p
         monkeypatch.setattr(torch.distributed, name, lambda: True)
     monkeypatch.setattr(type(trainer), "world_size", 2)
     loop = trainer.fit_loop.epoch_loop
-    undo = internals.free_batches(trainer)
+    undo = of_lightning.free_batches(trainer)
     loop._broadcast_sigterm_tensor()
     assert calls == []
     undo()
@@ -59,7 +58,7 @@ def test_a_batch_without_collectives_calls_none(trainer: Trainer, monkeypatch: p
 
 
 def test_the_handler_of_sigterm_notes_it_without_a_collective(trainer: Trainer) -> None:
-    undo = internals.free_batches(trainer)
+    undo = of_lightning.free_batches(trainer)
     assert not trainer.received_sigterm
     trainer._signal_connector._sigterm_notifier_fn(signal.SIGTERM, None)
     assert trainer.received_sigterm
@@ -70,17 +69,19 @@ def test_a_loop_without_the_collective_is_an_error_that_says_so(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(_TrainingEpochLoop, "_broadcast_sigterm_tensor")
-    with pytest.raises(internals.LightningChangedError, match=r"_TrainingEpochLoop\._broadcast_sigterm_tensor is gone"):
-        internals.free_batches(trainer)
+    with pytest.raises(
+        of_lightning.LightningChangedError, match=r"_TrainingEpochLoop\._broadcast_sigterm_tensor is gone"
+    ):
+        of_lightning.free_batches(trainer)
 
 
 def test_note_sigterm(trainer: Trainer) -> None:
-    internals.note_sigterm(trainer)
+    of_lightning.note_sigterm(trainer)
     assert trainer.received_sigterm
 
 
 def test_callbacks_are_the_trainers_own_list(trainer: Trainer) -> None:
-    assert internals.callbacks(trainer) is trainer.callbacks  # type: ignore[attr-defined]
+    assert of_lightning.callbacks(trainer) is trainer.callbacks  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(("interval", "by_time"), [(timedelta(minutes=1), True), (0.5, False), (None, False)], ids=repr)
@@ -88,14 +89,14 @@ def test_validates_by_time(interval: Any, by_time: bool, tmp_path: Path) -> None
     trainer = Trainer(
         accelerator="cpu", devices=1, logger=False, val_check_interval=interval, default_root_dir=tmp_path
     )
-    assert internals.validates_by_time(trainer) is by_time
+    assert of_lightning.validates_by_time(trainer) is by_time
 
 
 @pytest.mark.parametrize(
     ("options", "by_time"), [({"train_time_interval": timedelta(minutes=1)}, True), ({"every_n_epochs": 1}, False)]
 )
 def test_saves_by_time(options: dict[str, Any], by_time: bool) -> None:
-    assert internals.saves_by_time(ModelCheckpoint(**options)) is by_time
+    assert of_lightning.saves_by_time(ModelCheckpoint(**options)) is by_time
 
 
 @pytest.mark.parametrize(
@@ -108,13 +109,13 @@ def test_saves_by_time(options: dict[str, Any], by_time: bool) -> None:
     ids=["step", "epoch", "measures only"],
 )
 def test_limits_time_by_batch(timer: Timer, by_batch: bool) -> None:
-    assert internals.limits_time_by_batch(timer) is by_batch
+    assert of_lightning.limits_time_by_batch(timer) is by_batch
 
 
 def test_in_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert internals.in_notebook() is False
+    assert of_lightning.in_notebook() is False
     monkeypatch.setattr("lightning.pytorch.trainer.connectors.accelerator_connector._IS_INTERACTIVE", True)
-    assert internals.in_notebook() is True
+    assert of_lightning.in_notebook() is True
 
 
 def test_logs_in(trainer: Trainer) -> None:
@@ -126,19 +127,19 @@ def test_logs_in(trainer: Trainer) -> None:
 
         def on_train_batch_end(self, *_: Any) -> None:
             hooks = (["on_before_optimizer_step"], ["on_after_backward"])
-            self.seen.extend(internals.logs_in(self.trainer, hook) for hook in hooks)
+            self.seen.extend(of_lightning.logs_in(self.trainer, hook) for hook in hooks)
 
     trainer.fit_loop.epoch_loop.max_steps = 1
     trainer.fit(Logging())
     assert Logging.seen == [True, False]
-    assert internals.logs_in(trainer, ["on_before_optimizer_step"]) is False, "after fit there are no results"
+    assert of_lightning.logs_in(trainer, ["on_before_optimizer_step"]) is False, "after fit there are no results"
 
 
 def test_replace_forward_and_back() -> None:
     body = torch.nn.Linear(2, 2)
     model = torch.nn.ModuleDict({"wrapped": torch.compile(body, backend="eager")})
     before = [dict(vars(module)) for module in (body, model["wrapped"])]
-    undo = internals.replace_forward(model, body, lambda x: x + 1)
+    undo = of_lightning.replace_forward(model, body, lambda x: x + 1)
     assert model["wrapped"](torch.ones(2)).tolist() == body(torch.ones(2)).tolist() == [2.0, 2.0]
     undo()
     assert [dict(vars(module)) for module in (body, model["wrapped"])] == before
@@ -146,30 +147,30 @@ def test_replace_forward_and_back() -> None:
 
 def test_current_hook() -> None:
     module = LightningModule()
-    assert internals.current_hook(module) is None
+    assert of_lightning.current_hook(module) is None
     module._current_fx_name = "training_step"
-    assert internals.current_hook(module) == "training_step"
+    assert of_lightning.current_hook(module) == "training_step"
 
 
 def test_note_device() -> None:
     module = LightningModule()
-    internals.note_device(module, torch.device("meta"))
+    of_lightning.note_device(module, torch.device("meta"))
     assert module.device == torch.device("meta")
 
 
 def test_averaged_models_are_those_of_the_callbacks(trainer: Trainer) -> None:
     averaging, not_yet = EMAWeightAveraging(), WeightAveraging()
-    internals.callbacks(trainer).extend([averaging, not_yet])
-    assert internals.averaged_models(trainer) == []
+    of_lightning.callbacks(trainer).extend([averaging, not_yet])
+    assert of_lightning.averaged_models(trainer) == []
     averaging.setup(trainer, BoringModel(), "fit")
-    (average,) = internals.averaged_models(trainer)
+    (average,) = of_lightning.averaged_models(trainer)
     assert isinstance(average.module, BoringModel)
 
 
 def test_skips_backward(trainer: Trainer) -> None:
-    assert not internals.skips_backward(trainer)
+    assert not of_lightning.skips_backward(trainer)
     trainer.fit_loop._skip_backward = True
-    assert internals.skips_backward(trainer)
+    assert of_lightning.skips_backward(trainer)
     assert trainer.fit_loop.epoch_loop.automatic_optimization._skip_backward, "which the loop asks"
 
 
@@ -188,7 +189,7 @@ def test_a_saved_tensor_is_taken_for_unchanged_once_its_version_is_put_back() ->
         product.backward(retain_graph=True)
     with torch.no_grad():
         weight.copy_(values)
-    pipeline_internals.set_versions([weight], [version])
+    of_torch.set_versions([weight], [version])
     assert weight._version == version
     product.backward()
     assert x.grad is not None
@@ -196,20 +197,20 @@ def test_a_saved_tensor_is_taken_for_unchanged_once_its_version_is_put_back() ->
 
 
 def test_registered_types_tell_how_they_are_taken_apart() -> None:
-    node = pipeline_internals.registered_node(torch.return_types.max)
+    node = of_torch.registered_node(torch.return_types.max)
     assert node is not None
     pair = torch.max(torch.eye(2), 0)
     children, context = node[0](pair)
     assert type(node[1](list(children), context)) is type(pair)
-    assert pipeline_internals.registered_node(torch.nn.Linear) is None
+    assert of_torch.registered_node(torch.nn.Linear) is None
 
 
 def test_something_happens_before_every_loop_makes_its_loaders_or_begins_anew(trainer: Trainer) -> None:
     calls: list[str] = []
     model, data = Regression(), loader(32)
     undo = [
-        internals.before_loading(trainer, lambda: calls.append("load")),
-        internals.before_fetching(trainer, lambda: calls.append("fetch")),
+        of_lightning.before_loading(trainer, lambda: calls.append("load")),
+        of_lightning.before_fetching(trainer, lambda: calls.append("fetch")),
     ]
     trainer.fit_loop.max_epochs = 2
     trainer.fit(model, data, data)
@@ -228,7 +229,7 @@ def test_something_happens_before_every_loop_makes_its_loaders_or_begins_anew(tr
 
 
 def test_the_choice_of_samplers_is_undone(trainer: Trainer) -> None:
-    undo = internals.use_samplers_as_they_are(trainer)
+    undo = of_lightning.use_samplers_as_they_are(trainer)
     assert trainer._accelerator_connector.use_distributed_sampler is False
     undo()
     assert trainer._accelerator_connector.use_distributed_sampler is True
@@ -236,5 +237,5 @@ def test_the_choice_of_samplers_is_undone(trainer: Trainer) -> None:
 
 def test_a_loop_without_the_seam_is_an_error_that_says_so(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(_TrainingEpochLoop, "_on_before_fetch")
-    with pytest.raises(internals.LightningChangedError, match=r"_TrainingEpochLoop\._on_before_fetch is gone"):
-        internals.before_fetching(trainer, lambda: None)
+    with pytest.raises(of_lightning.LightningChangedError, match=r"_TrainingEpochLoop\._on_before_fetch is gone"):
+        of_lightning.before_fetching(trainer, lambda: None)

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lightning_stale.parameter_server.credentials import Credentials
+from lightning_stale.transport.credentials import Credentials
 
 
 @dataclass(frozen=True)

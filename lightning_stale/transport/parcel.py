@@ -10,7 +10,7 @@ import msgpack
 import torch
 from torch import Tensor
 
-from lightning_stale.parameter_server.wire import WireError
+from lightning_stale.transport.wire import WireError
 
 _TENSOR, _TUPLE, _LARGE = 1, 2, 3
 _LARGE_BYTES = 64 * 2**10

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 from torch.distributed.distributed_c10d import Store
 
-from lightning_stale.parameter_server import secret
-from lightning_stale.parameter_server.credentials import Credentials, ForgedError
-from lightning_stale.parameter_server.endpoint import Endpoint
-from lightning_stale.parameter_server.secret import SecretError, SecretFile
+from lightning_stale.transport import secret
+from lightning_stale.transport.credentials import Credentials, ForgedError
+from lightning_stale.transport.endpoint import Endpoint
+from lightning_stale.transport.secret import SecretError, SecretFile
 
 _POLL_S = 0.02
 _FAREWELL_S = 3.0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_stale.parameter_server import wire
+from lightning_stale.transport import wire
 
 WINDOW = 8
 """Chunks that are sent before the first of them is asked to be followed by ``"more"``."""

@@ -42,7 +42,7 @@ class Layout:
     Example::
 
         >>> import torch
-        >>> from lightning_stale.parameter_server.layout import Layout
+        >>> from lightning_stale.transport.layout import Layout
         >>> layout = Layout.of([torch.zeros(3, 2), torch.zeros(5)])
         >>> layout.nbytes, [slot.offset for slot in layout.slots]
         (128, [0, 64])

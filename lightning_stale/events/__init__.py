@@ -1,0 +1,1 @@
+"""What happened, and what is derived from it."""
