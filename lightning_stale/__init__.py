@@ -22,7 +22,7 @@ if "lightning_stale_server" not in sys._xoptions:  # the server process needs to
     from lightning_stale.callbacks import StalenessMonitor, StragglerInjection, ThresholdSchedule
     from lightning_stale.launchers import hydra_job
     from lightning_stale.strategies import DSPStrategy, HPSGDStrategy, StaleSyncStrategy, register_strategies
-    from lightning_stale.strategies.twin import refuse_twin
+    from lightning_stale.strategies.wrong_package import refuse_twin
 
     register_strategies()
     refuse_twin()

@@ -94,7 +94,7 @@ class Topology:
         return replica * self.stages + self.stages - 1 - stage
 
     def ranks_of_replica(self, replica: int) -> tuple[int, ...]:
-        """Return the ranks that hold ``replica`` together, ascending: the one with the last stage and the loss first."""
+        """Return the ranks that hold ``replica`` together; the first has the last stage, and the loss."""
         return tuple(sorted(self.rank(replica, stage) for stage in range(self.stages)))
 
     def ranks_of_stage(self, stage: int) -> tuple[int, ...]:
@@ -108,7 +108,7 @@ class Topology:
         return tuple(range(node * self.ranks_per_node, (node + 1) * self.ranks_per_node))
 
     def has_loss(self, rank: int) -> bool:
-        """Whether ``rank`` has the loss and the metrics of its replica: it is the first of it, and has the last stage."""
+        """Whether ``rank`` has the loss and the metrics of its replica: it is the first rank of it."""
         return self.position(rank).stage == self.stages - 1
 
     @property

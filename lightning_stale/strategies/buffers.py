@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_stale.private import of_torch
+
 
 @torch.no_grad()
 def agree_on_buffers(model: nn.Module, world_size: int) -> None:
@@ -18,13 +20,7 @@ def agree_on_buffers(model: nn.Module, world_size: int) -> None:
     """
     if world_size == 1:
         return
-    statistics = {
-        id(buffer)
-        for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._NormBase)
-        for buffer in (module.running_mean, module.running_var)
-        if isinstance(buffer, Tensor)
-    }
+    statistics = {id(buffer) for module in model.modules() for buffer in of_torch.running_statistics(module)}
 
     def average(flat: Tensor) -> None:
         torch.distributed.all_reduce(flat)
@@ -42,15 +38,15 @@ class Versioned:
 
     def __init__(self, parameter: Tensor) -> None:
         self.parameter = parameter
-        self._version = parameter._version
+        self._version = of_torch.version(parameter)
 
     def changed(self) -> bool:
         """Return whether it was changed in place since the last :meth:`settle`."""
-        return self.parameter._version != self._version
+        return of_torch.version(self.parameter) != self._version
 
     def settle(self) -> None:
         """Take it as it is now."""
-        self._version = self.parameter._version
+        self._version = of_torch.version(self.parameter)
 
 
 @torch.no_grad()

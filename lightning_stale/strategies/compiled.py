@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torch import nn
 
 from lightning_stale.pipeline.stage import Block
-from lightning_stale.private import of_lightning
+from lightning_stale.private import of_lightning, of_torch
 
 
 def compile_blocks(model: nn.Module, path: str, blocks: Sequence[Block]) -> None:
@@ -25,11 +24,4 @@ def compile_blocks(model: nn.Module, path: str, blocks: Sequence[Block]) -> None
     if not compilers:
         return
     for block in blocks:
-        block.module._compiled_call_impl = compilers[-1](_call(block.module))
-
-
-def _call(module: nn.Module) -> Callable[..., Any]:
-    def block(*features: Any) -> Any:  # torch.compile skips a forward of torch.nn that is the first frame
-        return module._call_impl(*features)  # type: ignore[no-untyped-call]
-
-    return block
+        of_torch.compile_call(block.module, compilers[-1])

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.distributed.distributed_c10d import Store
 
-from lightning_stale.coordinator.meetings import different_places
+from lightning_stale.coordinator.meetings import DifferentPlacesError, different_places
 from lightning_stale.health import Health
 
 _POLL_S = 0.001
@@ -27,14 +26,14 @@ class Places:
         self._health, self._rank, self._world_size = health, rank, world_size
         self._meetings = 0
 
-    def come_to(self, place: str, step: int) -> None:
+    def come_to(self, place: str, detail: str) -> None:
         """Let the others know that this rank's next meeting is at ``place``; do not wait for them yet."""
         self._meetings += 1
         new, read_by_all = self._key(self._meetings, self._rank), self._key(self._meetings - 2, self._rank)
         counter, left_by_all = self._key(self._meetings, "count"), self._key(self._meetings - 2, "count")
 
         def move(store: Store) -> None:
-            store.set(new, f"{place} (step {step})")
+            store.set(new, f"{place} ({detail})")
             store.delete_key(read_by_all)
             store.add(counter, 1)
             if self._rank == 0:
@@ -46,7 +45,7 @@ class Places:
         """Wait until all ranks have come to this meeting.
 
         Raises:
-            MisconfigurationException: if some of them are at another place.
+            DifferentPlacesError: if some of them are at another place.
             RunFailedError: if one of them has ended.
         """
         poll_s = _POLL_S
@@ -56,7 +55,7 @@ class Places:
             self._health.check()
         places = dict(enumerate(self._health.ask(self._read)))
         if _differ(places):
-            raise MisconfigurationException(different_places(places))
+            raise DifferentPlacesError(different_places(places))
 
     def _count(self, store: Store) -> int:
         """Return how many have come: one request, as often as it is asked for."""

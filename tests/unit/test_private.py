@@ -175,7 +175,7 @@ def test_skips_backward(trainer: Trainer) -> None:
 
 
 def test_ddp_has_what_the_strategy_overrides() -> None:
-    for name in ("_configure_launcher", "configure_ddp", "setup_environment", "reduce", "teardown", "_layer_sync"):
+    for name in ("_configure_launcher", "_setup_model", "setup_environment", "reduce", "teardown", "_layer_sync"):
         assert hasattr(DDPStrategy(), name), name
 
 

@@ -1,4 +1,4 @@
-"""The local model beside flat tensors, one set per data type, so that a round is a few large operations."""
+"""What a round keeps beside the local model: flat tensors per data type, so that it is a few large operations."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Buffer:
     """Views of ``flat``, of the parameters' shapes."""
 
 
-class Replica:
-    """All parameters of one data type, and what a round keeps of them.
+class RoundTensors:
+    """All parameters of one data type, the replica ``x``, and what a round keeps of them.
 
     Nothing is allocated after this: on two cores, the page faults of fresh tensors took as long as the sums.
 
@@ -58,9 +58,9 @@ class Replica:
         return Buffer(flat, [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)])
 
 
-def by_type(parameters: Sequence[Tensor]) -> list[Replica]:
-    """Return one :class:`Replica` per data type, over ``parameters`` in their order."""
+def by_type(parameters: Sequence[Tensor]) -> list[RoundTensors]:
+    """Return one :class:`RoundTensors` per data type, over ``parameters`` in their order."""
     types: dict[torch.dtype, list[Tensor]] = {}
     for parameter in parameters:
         types.setdefault(parameter.dtype, []).append(parameter)
-    return [Replica(same) for same in types.values()]
+    return [RoundTensors(same) for same in types.values()]

@@ -18,19 +18,19 @@ from lightning_stale.pipeline.streams import DerivedStreams, Streams, Travelling
 from lightning_stale.private import of_lightning
 
 if TYPE_CHECKING:
-    from lightning_stale.strategies.replica import SingleReplicaStrategy
+    from lightning_stale.strategies.base import StaleStrategy
 
 _SELDOM = 50  # a GPU is asked for the body's inputs in each 50th batch: it makes the process wait
 
 
-class Alike:
+class SameBatches:
     """What the first stage's rank and the last one's must have in common: one uses the features, the other the targets.
 
     Args:
         strategy: of all ranks.
     """
 
-    def __init__(self, strategy: SingleReplicaStrategy) -> None:
+    def __init__(self, strategy: StaleStrategy) -> None:
         self._strategy = strategy
         self._shared = strategy.world_size > 1
         device = strategy.root_device

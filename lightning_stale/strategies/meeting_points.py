@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_stale.strategies.checks import check_validation_batches
-from lightning_stale.strategies.identity import TrainedParameters
+from lightning_stale.strategies.trained_parameters import TrainedParameters
 
 if TYPE_CHECKING:
     from lightning_stale.strategies.base import StaleStrategy
