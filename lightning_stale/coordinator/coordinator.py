@@ -81,7 +81,7 @@ class Coordinator:
         self._leases = leases
         self._on_loss = on_loss
         self._record = record
-        self._meeting = Meeting()
+        self.meeting = Meeting()
 
     @property
     def over(self) -> bool:
@@ -140,7 +140,7 @@ class Coordinator:
         replies = [] if because is None else self._fail("error", because, now)
         if self._leases is not None:
             replies += self._grants(self._leases.take_back(rank, now))
-        self._meeting.leave(rank)
+        self.meeting.leave(rank)
         return [*replies, *self._leave_gate(rank, now), *self._open_meeting(now)]
 
     def _lose(self, message: Lose, now: float) -> list[Reply]:
@@ -208,14 +208,14 @@ class Coordinator:
         if self.failure is not None:
             return self._tell_failure(message.member)
         released = self._leave_gate(message.member, now)  # it pushes no more until all have met: nobody waits for it
-        self._meeting.arrive(message.member, message.place, message.detail)
+        self.meeting.arrive(message.member, message.place, message.detail)
         return [*released, *self._open_meeting(now)]
 
     def _open_meeting(self, now: float) -> list[Reply]:
         if self.failure is not None:
             return []
         try:
-            met = self._meeting.open(self.membership.awaited)
+            met = self.meeting.open(self.membership.awaited)
         except DifferentPlacesError as error:
             return self._fail("error", str(error), now)
         thresholds = {} if self.paradigm is None else self.paradigm.thresholds
