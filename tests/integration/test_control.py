@@ -82,9 +82,7 @@ def test_different_places_are_told_to_all() -> None:
         first.come_to("validation", "step 4")
         second.come_to("the end of fit", "step 3")
         for control in (first, second):
-            with pytest.raises(
-                RunFailedError, match=r"rank 0 is at validation \(step 4\); rank 1 is at the end"
-            ):
+            with pytest.raises(RunFailedError, match=r"rank 0 is at validation \(step 4\); rank 1 is at the end"):
                 control.await_others()
             control.close(finished=False)
 
@@ -133,9 +131,7 @@ def test_who_is_killed_is_named_with_its_process() -> None:
                 first.check(fresh=True)
                 rank.kill()
                 rank.wait()
-                with pytest.raises(
-                    RunFailedError, match=rf"rank 1 \(process {pid}\) is gone: it was killed"
-                ):
+                with pytest.raises(RunFailedError, match=rf"rank 1 \(process {pid}\) is gone: it was killed"):
                     first.blame()
             finally:
                 rank.kill()
