@@ -1,4 +1,4 @@
-"""The order of the tests: the longest first, so that no process is still at them when the others have run out of work."""
+"""The order of the tests: the longest first, so that no process is at them when the others are out of work."""
 
 from __future__ import annotations
 

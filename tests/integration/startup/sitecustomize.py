@@ -1,9 +1,10 @@
-"""Run by every Python that a script of the tests starts: half of what such a short process costs is saved.
+"""Run by every Python that a script of the tests starts: two thirds of what such a short process costs are saved.
 
-That is all importing. torchmetrics, which lightning imports, imports scipy, matplotlib and transformers where they are
-installed, for metrics and plots that no script here has: it is told that they are not, as in an environment of a user
-who has installed nothing but this package. Others find them. And the collector of garbage walks through all modules and
-functions a dozen times on the way: such full collections are made rarer, the small ones stay.
+All of that is the import of lightning. It imports torchmetrics, which imports scipy, matplotlib and transformers where
+they are installed, for metrics and plots that no script here has: it is told that they are not, as where a user has
+installed nothing but this package. All others find them. And the garbage collector walks a dozen times through all of
+the modules while they are imported, and three times at the end: until then it is kept from it, and afterwards it leaves
+them alone, and looks after what the script makes as it always does.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 OPTIONAL = ("matplotlib", "scipy", "transformers")
-
-gc.set_threshold(gc.get_threshold()[0], 10, 1000)
+THRESHOLDS = gc.get_threshold()
 
 
 def asked_by_torchmetrics() -> bool:
@@ -23,10 +23,22 @@ def asked_by_torchmetrics() -> bool:
     frame = sys._getframe(2)
     while frame is not None:
         package = frame.f_globals.get("__name__", "").partition(".")[0]
-        if package not in ("importlib", "lightning_utilities", "contextlib", "packaging"):
+        if package not in ("importlib", "lightning_utilities"):
             return package == "torchmetrics"
         frame = frame.f_back
     return False
+
+
+def freeze_after(spec: Any) -> None:
+    """Have what is there once ``spec`` has been imported left alone by the garbage collector."""
+    load = spec.loader.exec_module
+
+    def exec_module(module: Any) -> None:
+        load(module)
+        gc.freeze()
+        gc.set_threshold(*THRESHOLDS)
+
+    spec.loader.exec_module = exec_module
 
 
 class Finder:
@@ -38,7 +50,10 @@ class Finder:
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name in OPTIONAL and asked_by_torchmetrics():
             return None
-        return self._finder.find_spec(name, path, target)
+        spec = self._finder.find_spec(name, path, target)
+        if name == "lightning" and spec is not None:
+            freeze_after(spec)
+        return spec
 
     def find_distributions(self, context: Any) -> Iterator[Any]:
         if context.name in OPTIONAL and asked_by_torchmetrics():
@@ -49,4 +64,5 @@ class Finder:
         return getattr(self._finder, name)
 
 
+gc.set_threshold(*THRESHOLDS[:2], 1000)
 sys.meta_path[:] = [Finder(finder) if hasattr(finder, "find_distributions") else finder for finder in sys.meta_path]
