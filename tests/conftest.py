@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 
 
@@ -11,3 +13,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return 0 if names & {"run_script", "script"} else 1 if names & {"run_workers", "workers"} else 2
 
     items.sort(key=place)  # stable: a file's tests stay together, for its fixtures
+
+
+def pytest_collection_finish() -> None:
+    """Have the garbage collector leave alone what has been imported: it walks through that for longer than a test."""
+    gc.freeze()
