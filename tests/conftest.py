@@ -6,6 +6,9 @@ import gc
 
 import pytest
 
+_THRESHOLDS = gc.get_threshold()
+gc.set_threshold(*_THRESHOLDS[:2], 1000)  # or else it walks dozens of times through what the tests import
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def place(item: pytest.Item) -> int:
@@ -16,5 +19,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Have the garbage collector leave alone what has been imported: it walks through that for longer than a test."""
+    """From here on, the garbage collector is as ever, and leaves alone what has been imported."""
     gc.freeze()
+    gc.set_threshold(*_THRESHOLDS)
