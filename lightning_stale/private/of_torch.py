@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import Store, _abort_process_group, _get_default_store
 from torch.optim import Optimizer
 from torch.utils._pytree import SUPPORTED_NODES
+from torch.utils._pytree import tree_map as tree_map
 
 Node = tuple[Callable[[Any], tuple[Iterable[Any], Any]], Callable[[list[Any], Any], Any]]
 
@@ -19,11 +20,6 @@ def set_versions(tensors: Sequence[Tensor], versions: Sequence[int]) -> None:
     """Have autograd take ``tensors`` for what they were when their version counters stood at ``versions``."""
     if tensors:
         torch._C._autograd._unsafe_set_version_counter(tuple(tensors), tuple(versions))
-
-
-def version(tensor: Tensor) -> int:
-    """Return the count that each change in place raises."""
-    return tensor._version
 
 
 def replace_step(optimizer: Optimizer, push: Callable[[], None]) -> Callable[[], None]:
@@ -61,22 +57,6 @@ def is_batch_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
-def running_statistics(module: nn.Module) -> list[Tensor]:
-    """Return the running mean and variance of a norm layer that has them."""
-    if not isinstance(module, nn.modules.batchnorm._NormBase):
-        return []
-    return [buffer for buffer in (module.running_mean, module.running_var) if isinstance(buffer, Tensor)]
-
-
-def compile_call(module: nn.Module, compiler: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Let a call of ``module``, hooks included, be what ``compiler`` makes of it, as ``module.compile()`` does."""
-
-    def call(*inputs: Any) -> Any:  # torch.compile skips a forward of torch.nn that is the first frame
-        return module._call_impl(*inputs)  # type: ignore[no-untyped-call]
-
-    module._compiled_call_impl = compiler(call)
-
-
 def registered_node(kind: type) -> Node | None:
     """Return (flatten, unflatten) of a class that is registered with torch's pytrees, or ``None``."""
     node = SUPPORTED_NODES.get(kind)
@@ -99,3 +79,18 @@ def is_lost_connection(exception: BaseException) -> bool:
     return isinstance(exception, torch.distributed.DistError) or (
         isinstance(exception, RuntimeError) and "gloo/" in str(exception)
     )
+
+
+def versions_of(tensors: Iterable[Tensor]) -> list[int]:
+    """Return autograd's version counter of each of ``tensors``: it rises when one is changed in place."""
+    return [tensor._version for tensor in tensors]
+
+
+def is_view(tensor: Tensor) -> bool:
+    """Whether autograd knows ``tensor`` as a view of another one."""
+    return tensor._is_view()
+
+
+def uncoalesced(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Return indices and values of a sparse tensor as they are: the same index may come twice."""
+    return tensor._indices(), tensor._values()

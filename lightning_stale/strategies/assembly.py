@@ -10,12 +10,17 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
-from lightning_stale.pipeline.ownership import constant_names, own_names, tensors_named
-from lightning_stale.pipeline.partition import count_parameters
-from lightning_stale.pipeline.stage import Block, Stage, check_disjoint
+from lightning_stale.pipeline.block import Block
+from lightning_stale.pipeline.divided.ownership import constant_names, own_names
+from lightning_stale.pipeline.divided.tensors import tensors_named
+from lightning_stale.pipeline.partition.body import outside
+from lightning_stale.pipeline.partition.costs import count_parameters
+from lightning_stale.pipeline.partition.disjoint import check_disjoint
+from lightning_stale.pipeline.partition.model import Split
+from lightning_stale.pipeline.stage import Stage
 from lightning_stale.pipeline.staleness import Staleness
-from lightning_stale.strategies.cut import Split, cut_model, outside
 from lightning_stale.strategies.divided_model import Owned
+from lightning_stale.strategies.partitioning import partition
 from lightning_stale.topology import Topology
 
 
@@ -43,7 +48,7 @@ class Assembly:
     def owner(self) -> nn.Module:
         """Return the module that the blocks replace; it is cut when this is called first."""
         if self._owner is None:
-            self._owner, self.blocks = cut_model(self._trainer, self.stages, self._name, self._split)
+            self._owner, self.blocks = partition(self._trainer, self.stages, self._name, self._split)
         return self._owner
 
     def owned(self) -> Owned:

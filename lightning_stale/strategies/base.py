@@ -9,6 +9,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
@@ -23,10 +24,12 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_stale.coordinator.client import Control
+from lightning_stale.coordinator.process import CoordinatorProcess
 from lightning_stale.failures import RunFailedError, describe
 from lightning_stale.launchers import ScriptLauncher, SummaryLauncher
 from lightning_stale.launchers.job import current_job, destroy_process_group
-from lightning_stale.private import of_lightning, of_torch
+from lightning_stale.private import of_lightning
 from lightning_stale.strategies import checkpoint_entries
 from lightning_stale.strategies.buffers import Versioned, agree_on_buffers, agree_on_changed
 from lightning_stale.strategies.checks import (
@@ -38,17 +41,20 @@ from lightning_stale.strategies.checks import (
     check_trainer,
 )
 from lightning_stale.strategies.clipping import Clip, clipping_with
+from lightning_stale.strategies.hosted_process import HostedProcess, serve_coordinator
 from lightning_stale.strategies.meeting_points import MeetingPoints
 from lightning_stale.strategies.other_ranks import OtherRanks
-from lightning_stale.strategies.store_control import StoreControl
 from lightning_stale.strategies.updates.update import Training, Update
 from lightning_stale.strategies.wrong_package import refuse_environment
 from lightning_stale.topology import Topology
+from lightning_stale.transport import secret
 
 log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
+_FAREWELL_S = 3.0
+"""How long the coordinator outlives rank 0's part in a run: others may still have to hear why it ends."""
 _PER_BATCH_HOOKS = {"training_step", "on_train_batch_start", "on_train_batch_end", "on_before_optimizer_step"}
 
 
@@ -100,6 +106,7 @@ class StaleStrategy(DDPStrategy):
         self.timeout, self.start_method = timeout, start_method
         self._update = update
         self._others = OtherRanks(self._require_trainer)
+        self._coordinator = HostedProcess(CoordinatorProcess)
         self._undo_setup: list[Callable[[], object]] = []
         self._untrained: list[Versioned] = []
 
@@ -136,7 +143,11 @@ class StaleStrategy(DDPStrategy):
 
         Lightning does so for NCCL only; with gloo, torch 2.13 now and then aborts at exit ("terminate called without an
         active exception"), and a worker's exit code then makes Lightning kill the others.
+
+        That the ranks will trust each other is seen to before they wait for each other.
         """
+        if self._require_trainer().state.fn == TrainerFn.FITTING:
+            secret.check(self.num_nodes)
         super().setup_environment()
         atexit.unregister(destroy_process_group)
         atexit.register(destroy_process_group)
@@ -168,7 +179,7 @@ class StaleStrategy(DDPStrategy):
     def teardown(self) -> None:
         """End what is left after a failure, and undo :meth:`setup`."""
         self._update.release()
-        self._others.leave(finished=not self._is_interrupted())
+        self._leave_others(finished=not self._is_interrupted())
         while self._undo_setup:
             self._undo_setup.pop()()
         super().teardown()
@@ -304,8 +315,27 @@ class StaleStrategy(DDPStrategy):
 
     def _join_others(self, run: str) -> None:
         """Meet the other ranks, and hear of their failures, without a server."""
-        store = of_torch.rendezvous_store()
-        self._others.join(StoreControl(store, run, self.global_rank, self.world_size, self._check_signals))
+        self._leave_others(finished=True)  # of the training before, as LearningRateFinder has it
+        if self.world_size == 1:
+            return
+        assert self.cluster_environment is not None
+        serve = partial(
+            serve_coordinator,
+            world_size=self.world_size,
+            main_address=self.cluster_environment.main_address,
+            nodes=self.num_nodes,
+        )
+        endpoint, credentials = self._coordinator.introduce(
+            run, self.global_rank, self.world_size, serve, self._check_signals
+        )
+        self._others.join(Control(endpoint, credentials, self.global_rank, self._check_signals))
+        self._others.guard(super().barrier)  # until all have connected
+        self._coordinator.end_introduction()
+
+    def _leave_others(self, finished: bool) -> None:
+        self._others.leave(finished)
+        self._coordinator.end_introduction()
+        self._coordinator.stop(_FAREWELL_S)
 
     # --- collectives ------------------------------------------------------------------------------------------------
 

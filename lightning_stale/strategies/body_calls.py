@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from lightning_stale.pipeline.pipeline import Pipeline
-from lightning_stale.pipeline.stage import tensors
+from lightning_stale.pipeline.values.trees import tensors
 from lightning_stale.private import of_lightning
 from lightning_stale.strategies.same_batches import SameBatches
 

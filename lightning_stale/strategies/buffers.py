@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_stale.private import of_torch
+from lightning_stale.private import of_modules, of_torch
 
 
 @torch.no_grad()
@@ -20,7 +20,13 @@ def agree_on_buffers(model: nn.Module, world_size: int) -> None:
     """
     if world_size == 1:
         return
-    statistics = {id(buffer) for module in model.modules() for buffer in of_torch.running_statistics(module)}
+    statistics = {
+        id(buffer)
+        for module in model.modules()
+        if of_modules.keeps_statistics(module)
+        for buffer in (module.running_mean, module.running_var)
+        if isinstance(buffer, Tensor)
+    }
 
     def average(flat: Tensor) -> None:
         torch.distributed.all_reduce(flat)
@@ -38,15 +44,15 @@ class Versioned:
 
     def __init__(self, parameter: Tensor) -> None:
         self.parameter = parameter
-        self._version = of_torch.version(parameter)
+        self._version = of_torch.versions_of([parameter])[0]
 
     def changed(self) -> bool:
         """Return whether it was changed in place since the last :meth:`settle`."""
-        return of_torch.version(self.parameter) != self._version
+        return of_torch.versions_of([self.parameter])[0] != self._version
 
     def settle(self) -> None:
         """Take it as it is now."""
-        self._version = of_torch.version(self.parameter)
+        self._version = of_torch.versions_of([self.parameter])[0]
 
 
 @torch.no_grad()

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from lightning_stale.pipeline import pieces
-from lightning_stale.pipeline.meta import assign, initialize, on_meta
-from lightning_stale.pipeline.ownership import move, tensors_of
-from lightning_stale.pipeline.part import Part, give
+from lightning_stale.pipeline.divided import piecewise
+from lightning_stale.pipeline.divided.division import Division, give
+from lightning_stale.pipeline.divided.meta_device import assign, initialize, on_meta
+from lightning_stale.pipeline.divided.tensors import move, tensors_of
 from lightning_stale.private import of_lightning
 from lightning_stale.topology import Topology
 
@@ -58,14 +58,14 @@ class DividedModel:
     ) -> None:
         self._module, self._topology, self._rank, self._device = module, topology, rank, device
         self._collective = collective
-        self._part: Part | None = None
+        self._division: Division | None = None
         self._mapped: set[int] = set()  # ids of the tensors that lie in the file of a checkpoint
         self._values: Mapping[str, Tensor] | None = None  # of the checkpoint that is being made, on rank 0
 
     @property
     def is_divided(self) -> bool:
         """Whether other ranks hold parts of it now."""
-        return self._part is not None
+        return self._division is not None
 
     # --- placing ----------------------------------------------------------------------------------------------------
 
@@ -109,7 +109,7 @@ class DividedModel:
         """
         own, readable = owned
         averages = of_lightning.averaged_models(trainer)
-        self._part = Part(
+        self._division = Division(
             self._module,
             own,
             readable,
@@ -121,7 +121,7 @@ class DividedModel:
         )
         return [
             of_lightning.replace(
-                average, "state_dict", partial(self._part.follower_state_dict, average.module, average.state_dict)
+                average, "state_dict", partial(self._division.follower_state_dict, average.module, average.state_dict)
             )
             for average in averages
         ]
@@ -140,13 +140,13 @@ class DividedModel:
     # --- moving values ----------------------------------------------------------------------------------------------
 
     def _gather_at_first(self, value: Any) -> list[Any] | None:
-        packed = pieces.Packed(value if self._rank > 0 else None)
-        gathered: list[Any] | None = self._collective("gather", lambda: pieces.gather(packed, value, self._device))
+        packed = piecewise.Packed(value if self._rank > 0 else None)
+        gathered: list[Any] | None = self._collective("gather", lambda: piecewise.gather(packed, value, self._device))
         return gathered
 
     def _spread(self, values: list[Any] | None) -> Any:
-        packed = [pieces.Packed(value) for value in values or ()]
-        return self._collective("spread", lambda: pieces.spread(packed, values, self._device))
+        packed = [piecewise.Packed(value) for value in values or ()]
+        return self._collective("spread", lambda: piecewise.spread(packed, values, self._device))
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -166,34 +166,34 @@ class DividedModel:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the whole model's weights on rank 0; elsewhere, what other ranks have is on the meta device."""
-        assert self._part is not None
-        self._values = self._part.values()
-        state: dict[str, Any] = tree_map(_on_cpu, dict(self._part.state_dict(self._values)))
+        assert self._division is not None
+        self._values = self._division.values()
+        state: dict[str, Any] = tree_map(_on_cpu, dict(self._division.state_dict(self._values)))
         return state
 
     def complete(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """Return the checkpoint that :meth:`state_dict` was for, with whole modules in it (hyper-parameters, say)."""
-        if self._part is not None and self._rank == 0:
-            checkpoint = self._completed(self._part, checkpoint)
+        if self._division is not None and self._rank == 0:
+            checkpoint = self._completed(self._division, checkpoint)
         self._values = None
         return checkpoint
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any] | None:
         """Return the whole optimizer's state, in the user's parameter order, on rank 0; ``None`` if it is undivided."""
-        state = None if self._part is None else self._part.optimizer_state(optimizer)
+        state = None if self._division is None else self._division.optimizer_state(optimizer)
         return None if state is None else tree_map(_on_cpu, state)
 
     def load_optimizers(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Load this rank's part of each optimizer's state."""
-        assert self._part is not None
-        self._part.load_optimizers(states)
+        assert self._division is not None
+        self._division.load_optimizers(states)
 
-    def _completed(self, part: Part, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        whole = part.stand_ins(self._values or {})
+    def _completed(self, division: Division, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        whole = division.stand_ins(self._values or {})
         completed = dict(checkpoint)
         for entry, value in checkpoint.items():
             try:
-                packed = pieces.Packed(value)
+                packed = piecewise.Packed(value)
             except (pickle.PicklingError, AttributeError, TypeError):
                 continue  # not for this way of writing, or its error
             if not any(tensor.is_meta for tensor in packed.tensors):
@@ -213,13 +213,13 @@ class DividedModel:
 
     def join(self, ended_well: bool, gather: Whole) -> None:
         """Put the model and its optimizers together again; after a failure, rank 0 has NaN where values are lost."""
-        if self._part is None:
+        if self._division is None:
             return
         if ended_well:
-            self._part.join(everywhere=gather == "all")
+            self._division.join(everywhere=gather == "all")
         elif self._rank == 0:
-            self._part.give_up()
-        self._part = self._values = None
+            self._division.give_up()
+        self._division = self._values = None
 
 
 def load_mapped(io: CheckpointIO, path: Any, weights_only: bool | None) -> dict[str, Any] | None:

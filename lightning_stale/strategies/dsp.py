@@ -18,23 +18,26 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from lightning_stale.pipeline.channels.links import Links, destroy_mesh, stage_mesh
 from lightning_stale.pipeline.clipping import clip_per_block
-from lightning_stale.pipeline.forward import CutForward
-from lightning_stale.pipeline.links import Links, destroy_mesh, stage_mesh
-from lightning_stale.pipeline.ownership import gather_everywhere, without_meta
+from lightning_stale.pipeline.divided.tensors import without_meta
+from lightning_stale.pipeline.partition.body import positional
+from lightning_stale.pipeline.partition.model import Split
 from lightning_stale.pipeline.pipeline import Pipeline
+from lightning_stale.pipeline.replaced_forward import ReplacedForward
 from lightning_stale.pipeline.staleness import Staleness
 from lightning_stale.private import of_lightning
 from lightning_stale.strategies.assembly import Assembly
 from lightning_stale.strategies.base import StaleStrategy
 from lightning_stale.strategies.body_calls import BodyCalls
-from lightning_stale.strategies.cut import Split, positional
 from lightning_stale.strategies.divided_model import DividedModel, Whole, check_callbacks, copied, load_mapped
 from lightning_stale.strategies.draining import Draining
 from lightning_stale.strategies.results_of_rank_0 import MetricsOfRank0, separate_metrics, share_results
 from lightning_stale.strategies.same_batches import SameBatches
 from lightning_stale.strategies.updates.local import LocalUpdate
 from lightning_stale.topology import Topology
+from lightning_stale.transport import secret
+from lightning_stale.transport.groups import gather_everywhere
 
 _GRADIENT_HOOKS = ("on_after_backward", "on_before_optimizer_step")
 
@@ -135,6 +138,7 @@ class DSPStrategy(StaleStrategy):
 
     def setup_environment(self) -> None:
         """Join the other ranks; loaders may be made at any time from now on."""
+        secret.check(self.num_nodes)
         super().setup_environment()
         trainer = self._require_trainer()
         self._same = SameBatches(self)
@@ -242,7 +246,7 @@ class DSPStrategy(StaleStrategy):
         self._summary = {"staleness": staleness.m, "stages": assembly.rows()}
         arguments = positional(owner)
         run = of_lightning.not_compiled(lambda *args, **kwargs: calls.forward(arguments(*args, **kwargs)))
-        self._undo_setup.append(of_lightning.replace_forward(module, owner, CutForward(owner, run)))
+        self._undo_setup.append(of_lightning.replace_forward(module, owner, ReplacedForward(owner, run)))
         if self.world_size > 1:
             assert self._divided is not None
             trained = self.optimizers if fitting else []  # or left from the last fit

@@ -6,13 +6,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol, TypeVar
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_stale.coordinator.meetings import DifferentPlacesError
-from lightning_stale.failures import RunFailedError, describe
-from lightning_stale.parameter_server.client import ServerLostError
+from lightning_stale.coordinator.connection import ServerLostError
+from lightning_stale.failures import FailureKind, RunFailedError, describe
 from lightning_stale.private import of_lightning, of_torch
 
 _T = TypeVar("_T")
@@ -40,7 +38,7 @@ class Control(Protocol):
     def meet(self, place: str, detail: str = "") -> None:
         """Come to ``place``, and wait for the others."""
 
-    def fail(self, kind: str, text: str) -> RunFailedError | None:
+    def fail(self, kind: FailureKind, text: str) -> RunFailedError | None:
         """Tell all why this rank ends (``text`` follows "rank 1 "); return what had failed before."""
 
     def close(self, finished: bool) -> None:
@@ -48,7 +46,7 @@ class Control(Protocol):
 
 
 class OtherRanks:
-    """The others of one run, from when this rank has joined them.
+    """The others of one run, from when this rank has joined them; where there are none, nothing is waited for.
 
     Args:
         trainer: returns this rank's.
@@ -82,23 +80,22 @@ class OtherRanks:
 
     def come_to(self, place: str) -> None:
         """Let them know that this rank is at ``place``, and will wait for them in :meth:`wait`."""
-        assert self._control is not None
-        self.guard(partial(self._control.come_to, place, self._detail()))
+        if self._control is not None:
+            self.guard(partial(self._control.come_to, place, self._detail()))
 
     def wait(self) -> None:
         """Wait until all have come to the place that this rank has come to."""
-        assert self._control is not None
-        self._meeting(self._control.await_others)
+        if self._control is not None:
+            self.guard(self._control.await_others)
 
     def meet(self, place: str) -> None:
         """Wait until all are at ``place``.
 
         Raises:
-            MisconfigurationException: if they are at different places, with those of all.
-            RunFailedError: if one of them has ended.
+            RunFailedError: if one of them has ended, or they are at different places, with those of all.
         """
-        assert self._control is not None
-        self._meeting(partial(self._control.meet, place, self._detail()))
+        if self._control is not None:
+            self.guard(partial(self._control.meet, place, self._detail()))
 
     def guard(self, call: Callable[[], _T]) -> _T:
         """Run ``call``, which may wait for others; what breaks because of another rank raises what happened there.
@@ -135,12 +132,6 @@ class OtherRanks:
             first = self._control.fail(kind, text)
         if kind == "error":  # and not a signal, which this rank has received, and passed on to who was faster to say so
             exception.__cause__ = exception.__cause__ or first
-
-    def _meeting(self, meet: Callable[[], None]) -> None:
-        try:
-            self.guard(meet)
-        except DifferentPlacesError as error:
-            raise MisconfigurationException(str(error)) from None
 
     def _blaming(self, call: Callable[[], _T]) -> _T:
         try:

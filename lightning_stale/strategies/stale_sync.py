@@ -12,7 +12,7 @@ from lightning_stale.paradigms import PARADIGMS, Paradigm, as_paradigm
 from lightning_stale.parameter_server.client import Release, Transport
 from lightning_stale.strategies.base import StaleStrategy
 from lightning_stale.strategies.updates.server import ServerUpdate
-from lightning_stale.transport import memory, secret
+from lightning_stale.transport import memory
 
 
 class StaleSyncStrategy(StaleStrategy):
@@ -110,19 +110,13 @@ class StaleSyncStrategy(StaleStrategy):
 
     # --- training ---------------------------------------------------------------------------------------------------
 
-    def setup_environment(self) -> None:
-        """See that the ranks will trust each other, before they wait for each other."""
-        if self._require_trainer().state.fn == TrainerFn.FITTING:
-            secret.check(self.num_nodes)
-        super().setup_environment()
-
     def setup(self, trainer: Trainer) -> None:
         """Set up, and let the server process import what it needs meanwhile."""
         super().setup(trainer)
         if trainer.state.fn != TrainerFn.FITTING:
             return
         if self.is_global_zero:
-            self._update.life.prepare()
+            self._update.host.prepare()
         if self.paradigm.averages:
             self._clip_with(self._update.note_clipping)
 

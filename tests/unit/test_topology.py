@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DistributedSampler
 
-from lightning_stale.pipeline.links import stage_mesh
+from lightning_stale.pipeline.channels.links import stage_mesh
 from lightning_stale.topology import Position, Topology
 
 SHAPES = [
@@ -79,7 +79,9 @@ def test_samplers_give_each_replica_its_own_samples_and_each_sample_once(topolog
 @pytest.mark.parametrize("stages", [1, 2, 5])
 def test_it_is_the_mesh_that_the_pipelines_links_are_made_over(stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
     meshes: list[Any] = []
-    monkeypatch.setattr("lightning_stale.pipeline.links.DeviceMesh", lambda _, ranks, **__: meshes.append(ranks))
+    monkeypatch.setattr(
+        "lightning_stale.pipeline.channels.links.DeviceMesh", lambda _, ranks, **__: meshes.append(ranks)
+    )
     stage_mesh(stages, torch.device("cpu"))
     topology = Topology(stages, stages=stages)
     assert meshes[0].tolist() == [[topology.rank(0, stage) for stage in range(stages)]]

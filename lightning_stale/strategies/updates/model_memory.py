@@ -47,7 +47,7 @@ class ModelMemory(ABC):
 
     def remember(self) -> None:
         """Take the weights as they are for those of the server."""
-        self._versions = [of_torch.version(parameter) for parameter in self._parameters]
+        self._versions = of_torch.versions_of(self._parameters)
 
     @abstractmethod
     def release(self) -> None:
@@ -67,8 +67,9 @@ class ModelMemory(ABC):
     def look_for_changes(self) -> None:
         """Find weights that somebody has changed since the last pull, other than the optimizer; before the next one."""
         changed = []
+        now = of_torch.versions_of(self._parameters)
         for index, (parameter, version) in enumerate(zip(self._parameters, self._versions, strict=True)):
-            if of_torch.version(parameter) == version and not self._is_replaced(index):
+            if now[index] == version and not self._is_replaced(index):
                 continue
             if self._alone:
                 self._client.weights[index].copy_(parameter)

@@ -5,24 +5,22 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
+from lightning_stale.coordinator.connection import CONNECT_TIMEOUT_S, ServerLostError
 from lightning_stale.failures import RunFailedError
 from lightning_stale.paradigms import Paradigm
-from lightning_stale.parameter_server.client import (
-    CONNECT_TIMEOUT_S,
-    ParameterClient,
-    Release,
-    ServerLostError,
-    Transport,
-)
+from lightning_stale.parameter_server.client import ParameterClient, Release, Transport
+from lightning_stale.parameter_server.process import ServerProcess
+from lightning_stale.strategies.hosted_process import HostedProcess
 from lightning_stale.strategies.updates.exchange import Exchange
+from lightning_stale.strategies.updates.served_weights import serve_weights
 from lightning_stale.strategies.updates.server_control import ServerControl
-from lightning_stale.strategies.updates.server_life import ServerLife
 from lightning_stale.strategies.updates.update import Training, Update
 from lightning_stale.transport.wire import WireError
 
@@ -38,7 +36,7 @@ class ServerUpdate(Update):
     def __init__(self, paradigm: Paradigm, transport: Transport) -> None:
         self.paradigm = paradigm
         """With the thresholds of now; they follow rank 0's at the meeting points."""
-        self.life = ServerLife(transport)
+        self.host = HostedProcess(ServerProcess)
         self._transport = transport
         self._training: Training | None = None
         self._client: ParameterClient | None = None
@@ -53,13 +51,25 @@ class ServerUpdate(Update):
     def start(self, training: Training) -> None:
         """Let the server begin to serve, and connect to it."""
         self._training = training
-        endpoint, credentials = self.life.introduce(training, self.paradigm, self._resumed)
+        endpoint, credentials = self.host.introduce(
+            training.run,
+            training.rank,
+            training.topology.world_size,
+            partial(
+                serve_weights,
+                training=training,
+                paradigm=self.paradigm,
+                transport=self._transport,
+                snapshot=self._resumed,
+            ),
+            training.check_signals,
+        )
         client = ParameterClient(endpoint, credentials, training.rank, self._transport, training.check_signals)
         self._client, self._control = client, ServerControl(client, self._note_thresholds)
         training.others.join(self._control)
         self.running = True
         self._meet_and_pull("the start of fit", timeout_s=2 * CONNECT_TIMEOUT_S)
-        self.life.end_introduction()
+        self.host.end_introduction()
         self._exchange = Exchange(
             client,
             {id(parameter): name for name, parameter in training.module.named_parameters()},
@@ -176,7 +186,7 @@ class ServerUpdate(Update):
         self.summary()
         self._ended = self._client.snapshot()
         self._leave(finished=True)
-        self.life.stop()  # once all workers have said goodbye
+        self.host.stop()  # once all workers have said goodbye
 
     def release(self) -> None:
         if self._exchange is not None and self._training is not None and self._training.rank == 0:
@@ -190,8 +200,8 @@ class ServerUpdate(Update):
                     "saved now lacks it: resume from the last checkpoint."
                 )
         self._leave(finished=False)
-        self.life.stop(grace_s=1.0)
-        self.life.end_introduction()
+        self.host.stop(grace_s=1.0)
+        self.host.end_introduction()
 
     def _leave(self, finished: bool) -> None:
         self.running = False

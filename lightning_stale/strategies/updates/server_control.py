@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 
-from lightning_stale.failures import RunFailedError
-from lightning_stale.parameter_server.client import ParameterClient, ServerLostError
+from lightning_stale.coordinator.connection import ServerLostError
+from lightning_stale.failures import FailureKind, RunFailedError
+from lightning_stale.parameter_server.client import ParameterClient
 from lightning_stale.transport.wire import WireError
 
 
@@ -51,7 +52,7 @@ class ServerControl:
         """Meet, and have the newest weights, which are then the same on all ranks."""
         self._note_thresholds(self._client.meet(place, detail, timeout_s=timeout_s))
 
-    def fail(self, kind: str, text: str) -> RunFailedError | None:
+    def fail(self, kind: FailureKind, text: str) -> RunFailedError | None:
         return self._client.abort(kind, text)
 
     def close(self, finished: bool) -> None:
