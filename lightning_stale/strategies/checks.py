@@ -155,3 +155,21 @@ def check_validation_batches(trainer: Trainer) -> None:
             "Trainer(use_distributed_sampler=True), or write Trainer(limit_val_batches="
             f"{min(map(min, everyone)) or 1}) so that all have as many"
         )
+
+
+def check_pipeline(trainer: Trainer) -> None:
+    """Refuse what cannot be done block by block.
+
+    Raises:
+        MisconfigurationException: with what to write instead.
+    """
+    if not trainer.lightning_module.automatic_optimization:
+        raise MisconfigurationException(
+            "DSP steps each block on its own, which manual optimization and several optimizers cannot: set "
+            "automatic_optimization = True and return one optimizer (with param groups) from configure_optimizers()"
+        )
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise MisconfigurationException(
+            "precision='16-mixed' scales the loss, and the scale of one stage is not that of another: write "
+            "precision='bf16-mixed'"
+        )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from lightning_stale.pipeline.channels.links import Links, destroy_mesh, stage_mesh
+from lightning_stale.pipeline.channels.links import Links, stage_mesh
 from lightning_stale.pipeline.clipping import clip_per_block
 from lightning_stale.pipeline.divided.tensors import without_meta
 from lightning_stale.pipeline.partition.body import positional
@@ -30,9 +30,11 @@ from lightning_stale.private import of_lightning
 from lightning_stale.strategies.assembly import Assembly
 from lightning_stale.strategies.base import StaleStrategy
 from lightning_stale.strategies.body_calls import BodyCalls
+from lightning_stale.strategies.checks import check_pipeline
 from lightning_stale.strategies.divided_model import DividedModel, Whole, check_callbacks, copied, load_mapped
-from lightning_stale.strategies.draining import Draining
+from lightning_stale.strategies.dsp_options import number_of_stages
 from lightning_stale.strategies.results_of_rank_0 import MetricsOfRank0, separate_metrics, share_results
+from lightning_stale.strategies.running_pipeline import RunningPipeline
 from lightning_stale.strategies.same_batches import SameBatches
 from lightning_stale.strategies.updates.local import LocalUpdate
 from lightning_stale.topology import Topology
@@ -96,38 +98,15 @@ class DSPStrategy(StaleStrategy):
                 f"gather={gather!r}: write 'rank0' (the model is whole on rank 0 after a run, and the others keep "
                 "their part) or 'all'"
             )
-        if stages is None and not isinstance(staleness, str):
-            stages = len(staleness)
-        if stages is not None and (isinstance(stages, bool) or not isinstance(stages, int) or stages < 1):
-            raise ValueError(f"stages={stages!r}: write an integer >= 1, e.g. stages=3")
-        if isinstance(split, str) and split not in ("params", "time"):
-            raise ValueError(
-                f"split={split!r}: write 'params', 'time', where blocks start (split=[3, 6]), or the names of the "
-                "submodules that start a block (split=['layer2', 'layer3'])"
-            )
-        if not isinstance(split, str) and split:
-            if stages is not None and stages != len(split) + 1:
-                raise ValueError(
-                    f"split={list(split)} makes {len(split) + 1} blocks for {stages} stages: write stages="
-                    f"{len(split) + 1} (and as many numbers in staleness), or {stages - 1} starts in split"
-                )
-            stages = len(split) + 1
-        Staleness.of(staleness, stages or 3, queues)  # so that an error comes early
+        stages = number_of_stages(stages, staleness, queues, split)
         self.stages, self.staleness, self.queues, self.recompute = stages, staleness, queues, recompute
         self.module, self.split = module, split
         self.gather = gather
         self._summary: dict[str, Any] = {"staleness": (), "stages": []}
-        self._forget_run()
-
-    def _forget_run(self) -> None:
         self._same: SameBatches | None = None
         self._divided: DividedModel | None = None
         self._assembly: Assembly | None = None
-        self._pipeline: Pipeline | None = None
-        self._calls: BodyCalls | None = None
-        self._draining: Draining | None = None
-        self._mesh: DeviceMesh | None = None
-        self._links: Links | None = None
+        self._running: RunningPipeline | None = None
 
     @property
     def topology(self) -> Topology:
@@ -160,15 +139,15 @@ class DSPStrategy(StaleStrategy):
         self._same.agree()
 
     def _before_fetching(self) -> None:
-        if self._pipeline is not None and self._same is not None:
-            self._same.follow(self._pipeline)
+        if self._running is not None and self._same is not None:
+            self._same.follow(self._running.pipeline)
 
     def setup(self, trainer: Trainer) -> None:
         """Set up, cut the model, and keep only what this rank owns."""
         assert self._same is not None
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
-            self._check(trainer)
+            check_pipeline(trainer)
             if self.world_size > 1:
                 check_callbacks(trainer)
         stages = self.stages or self.world_size
@@ -181,9 +160,8 @@ class DSPStrategy(StaleStrategy):
         self._same.agree()
         super().setup(trainer)
         self._run_in_pipeline(trainer, self._assembly, self._same)
-        self._add_callback(
-            trainer, MetricsOfRank0(self.meet, self._end_evaluation), int(fitting)
-        )  # after MeetingPoints
+        after_meeting_points = int(fitting)
+        self._add_callback(trainer, MetricsOfRank0(self.meet, self._end_evaluation), after_meeting_points)
         if fitting:
             self._clip_with(self._clip_per_block)
 
@@ -207,20 +185,7 @@ class DSPStrategy(StaleStrategy):
     def check_before_launch(self, trainer: Trainer) -> None:
         super().check_before_launch(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
-            self._check(trainer)
-
-    def _check(self, trainer: Trainer) -> None:
-        module = trainer.lightning_module
-        if not module.automatic_optimization:
-            raise MisconfigurationException(
-                "DSP steps each block on its own, which manual optimization and several optimizers cannot: set "
-                "automatic_optimization = True and return one optimizer (with param groups) from configure_optimizers()"
-            )
-        if getattr(self.precision_plugin, "scaler", None) is not None:
-            raise MisconfigurationException(
-                "precision='16-mixed' scales the loss, and the scale of one stage is not that of another: write "
-                "precision='bf16-mixed'"
-            )
+            check_pipeline(trainer)
 
     def _run_in_pipeline(self, trainer: Trainer, assembly: Assembly, same: SameBatches) -> None:
         """Let calls of the module that was cut run the stages."""
@@ -228,21 +193,12 @@ class DSPStrategy(StaleStrategy):
         staleness = Staleness.of(self.staleness, assembly.stages, self.queues)
         owner = assembly.owner()
         stages = assembly.make_stages(staleness, self.recompute, self.precision_plugin.forward_context)
-        if self.world_size > 1:
-            self._mesh = stage_mesh(self.world_size, self.root_device)
-            self._join_others(self._new_run())
-            self._links = Links(
-                self._mesh,
-                staleness,
-                self.root_device,
-                lambda _, seems_to_have_ended: self._others.check(fresh=seems_to_have_ended),
-                self.timeout,
-            )
         same.begin(fitting, stale=any(staleness.m))
-        channels = {} if self._links is None else self._links.channels
-        self._pipeline = Pipeline(stages, **channels, first=assembly.mine.start, streams=same.streams)
-        self._calls = calls = BodyCalls(trainer, self._pipeline, same, owner, self.global_rank)
-        self._draining = Draining(self._pipeline, self._step_with_gradients)
+        connection = self._connect(staleness) if self.world_size > 1 else None
+        channels = {} if connection is None else connection[0].channels
+        pipeline = Pipeline(stages, **channels, first=assembly.mine.start, streams=same.streams)
+        calls = BodyCalls(trainer, pipeline, same, owner, self.global_rank)
+        self._running = RunningPipeline(pipeline, calls, same, self._step_with_gradients, connection)
         self._summary = {"staleness": staleness.m, "stages": assembly.rows()}
         arguments = positional(owner)
         run = of_lightning.not_compiled(lambda *args, **kwargs: calls.forward(arguments(*args, **kwargs)))
@@ -253,6 +209,15 @@ class DSPStrategy(StaleStrategy):
             self._undo_setup += self._divided.divide(assembly.owned(), trained, trainer)
             assembly.forget_others()
             self._undo_setup += separate_metrics(module) + share_results(trainer)
+
+    def _connect(self, staleness: Staleness) -> tuple[Links, DeviceMesh]:
+        mesh = stage_mesh(self.world_size, self.root_device)
+        self._join_others(self._new_run())
+
+        def check(_: int, seems_to_have_ended: bool) -> None:
+            self._others.check(fresh=seems_to_have_ended)
+
+        return Links(mesh, staleness, self.root_device, check, self.timeout), mesh
 
     # --- the model over the ranks -----------------------------------------------------------------------------------
 
@@ -279,10 +244,10 @@ class DSPStrategy(StaleStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load the weights: into the whole model, or in the middle of a run, after a trial, into this rank's part."""
         assert self._divided is not None
-        if self._draining is None:
+        if self._running is None:
             self._divided.load_weights(checkpoint["state_dict"], strict)
         else:
-            self._draining.forget_batches()
+            self._running.draining.forget_batches()
             self._divided.load_own_weights(checkpoint["state_dict"], strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -316,40 +281,22 @@ class DSPStrategy(StaleStrategy):
     # --- training ---------------------------------------------------------------------------------------------------
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        assert self._calls is not None
+        assert self._running is not None
         step = super().training_step
-        return self._calls.train(lambda: step(*args, **kwargs))
+        return self._running.calls.train(lambda: step(*args, **kwargs))
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Back-propagate the loss where it is, and run the stages' backwards of this iteration."""
-        assert self._pipeline is not None
-        assert self._calls is not None
-        assert self._draining is not None
-        assert self._same is not None
+        assert self._running is not None
         assert self.lightning_module is not None
-        with self._same.streams.apart():
-            self._calls.before_backward()
-            closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
-            if self._pipeline.has_last:
-                self.precision_plugin.backward(closure_loss, self.lightning_module, optimizer, *args, **kwargs)
-            self._pipeline.backward()
-            self._draining.note_backward()
-            return self.precision_plugin.post_backward(closure_loss, self.lightning_module)
+        return self._running.backward(
+            closure_loss, optimizer, self.lightning_module, self.precision_plugin, *args, **kwargs
+        )
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        assert self._same is not None
-        assert self._draining is not None
-        calls = self._calls
-
-        def closure_and_own_numbers() -> Any:
-            assert calls is not None
-            result = closure()
-            calls.before_step()
-            return result
-
-        with self._same.streams.apart():
-            result = super().optimizer_step(optimizer, closure_and_own_numbers, model, **kwargs)
-        self._draining.note_step()
+        assert self._running is not None
+        step = super().optimizer_step
+        result = self._running.step(lambda run_batch: step(optimizer, run_batch, model, **kwargs), closure)
         self._warn_of_gradients()
         return result
 
@@ -365,17 +312,9 @@ class DSPStrategy(StaleStrategy):
 
     def meet(self, place: str) -> None:
         """Drain the pipeline: every batch has then updated every block once."""
-        if self._pipeline is None or self.lightning_module is None or not self.optimizers:
-            return
-        assert self._same is not None
-        assert self._calls is not None
-        assert self._draining is not None
-        if self._pipeline.behind:
-            with torch.enable_grad(), self._same.streams.apart():
-                self._calls.before_drain()
-                self._draining.drain(self.optimizers[0], self._require_trainer().accumulate_grad_batches)
-        self._pipeline.restart()
-        super().meet(place)
+        if self._running is not None and self.lightning_module is not None and self.optimizers:
+            self._running.drain(self.optimizers[0], self._require_trainer().accumulate_grad_batches)
+            super().meet(place)
 
     def _step_with_gradients(self) -> Any:
         module = self.lightning_module
@@ -392,34 +331,30 @@ class DSPStrategy(StaleStrategy):
     # --- evaluation -------------------------------------------------------------------------------------------------
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        assert self._calls is not None
+        assert self._running is not None
         step = super().validation_step
-        return self._calls.evaluate(lambda: step(*args, **kwargs))
+        return self._running.calls.evaluate(lambda: step(*args, **kwargs))
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        assert self._calls is not None
+        assert self._running is not None
         step = super().test_step
-        return self._calls.evaluate(lambda: step(*args, **kwargs))
+        return self._running.calls.evaluate(lambda: step(*args, **kwargs))
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        assert self._calls is not None
+        assert self._running is not None
         step = super().predict_step
-        return self._calls.evaluate(lambda: step(*args, **kwargs))
+        return self._running.calls.evaluate(lambda: step(*args, **kwargs))
 
     def _end_evaluation(self) -> None:
-        assert self._pipeline is not None
-        self._pipeline.end_evaluation()
+        assert self._running is not None
+        self._running.pipeline.end_evaluation()
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Take the decision of rank 0, where the metrics are."""
         return bool(self.broadcast(decision))
 
-    @contextmanager
-    def _undisturbed(self) -> Iterator[None]:
-        if self._pipeline is not None:
-            self._pipeline.widen()
-        with nullcontext() if self._links is None else self._links.quiet():
-            yield
+    def _undisturbed(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._running is None else self._running.undisturbed()
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
@@ -431,32 +366,22 @@ class DSPStrategy(StaleStrategy):
 
     def teardown(self) -> None:
         """End the channels, put the model together again, and give back what has been replaced."""
-        divided = self._divided
-        self._pipeline = None
-        self._end_links()
-        if divided is not None:
-            divided.join(not self._is_interrupted(), self.gather)
-        self._forget_run()
+        running, self._running = self._running, None
+        if running is not None:
+            running.end(at_once=self._is_interrupted())
+        if self._divided is not None:
+            self._divided.join(not self._is_interrupted(), self.gather)
+        self._same = self._divided = self._assembly = None
         with nullcontext() if self.lightning_module is None else without_meta(self.lightning_module):
             super().teardown()
-
-    def _end_links(self) -> None:
-        links, self._links = self._links, None
-        if links is not None and self._is_interrupted():
-            links.break_off()
-        elif links is not None:
-            links.end()
-        if self._mesh is not None:
-            destroy_mesh(self._mesh)
-            self._mesh = None
 
     def summary(self) -> dict[str, Any]:
         """Return ``{"staleness": m, "stages": [{"stage", "parameters", "busy_s"}, ...]}``; times after ``fit``."""
         return self._summary
 
     def _note_summary(self) -> None:
-        assert self._pipeline is not None
-        seconds = self._pipeline.busy_s
+        assert self._running is not None
+        seconds = self._running.pipeline.busy_s
         busy = [seconds]
         if self.world_size > 1:
             busy = self._collective("gather", lambda: gather_everywhere(seconds))[::-1]
