@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
@@ -34,13 +35,23 @@ class Assembly:
         rank: this one.
         name: of the module to cut, as in ``DSPStrategy(module=...)``.
         split: how.
+
+    Raises:
+        MisconfigurationException: if the ranks cannot have as many blocks each.
     """
 
     def __init__(
         self, trainer: Trainer, stages: int, topology: Topology, rank: int, name: str | None, split: Split
     ) -> None:
+        ranks = topology.stages
+        if stages % ranks:
+            starts = "" if isinstance(split, str) else f" with {ranks - 1} instead of {len(split)} starts in split"
+            raise MisconfigurationException(
+                f"stages={stages} on {ranks} devices: write a multiple of {ranks}, e.g. stages={ranks}{starts}, or "
+                "devices=1 for virtual stages"
+            )
         self._trainer, self._topology, self._name, self._split = trainer, topology, name, split
-        self._per_rank = stages // topology.stages
+        self._per_rank = stages // ranks
         self.stages, self.mine = stages, self._blocks_of(rank)
         self.blocks: list[Block] = []
         self._owner: nn.Module | None = None

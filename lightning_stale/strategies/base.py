@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import atexit
-import logging
 import uuid
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from functools import partial
 from typing import Any, Literal, TypeVar
 
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_stale.coordinator.client import Control
-from lightning_stale.coordinator.process import CoordinatorProcess
-from lightning_stale.failures import RunFailedError, describe
 from lightning_stale.launchers import ScriptLauncher, SummaryLauncher
 from lightning_stale.launchers.job import current_job, destroy_process_group
 from lightning_stale.private import of_lightning
@@ -41,21 +35,16 @@ from lightning_stale.strategies.checks import (
     check_trainer,
 )
 from lightning_stale.strategies.clipping import Clip, clipping_with
-from lightning_stale.strategies.hosted_process import HostedProcess, serve_coordinator
+from lightning_stale.strategies.collectives import Collectives, warn_within_batch
 from lightning_stale.strategies.meeting_points import MeetingPoints
-from lightning_stale.strategies.other_ranks import OtherRanks
+from lightning_stale.strategies.other_ranks import OtherRanks, log_signal
 from lightning_stale.strategies.updates.update import Training, Update
 from lightning_stale.strategies.wrong_package import refuse_environment
 from lightning_stale.topology import Topology
 from lightning_stale.transport import secret
 
-log = logging.getLogger(__name__)
-
 _T = TypeVar("_T")
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
-_FAREWELL_S = 3.0
-"""How long the coordinator outlives rank 0's part in a run: others may still have to hear why it ends."""
-_PER_BATCH_HOOKS = {"training_step", "on_train_batch_start", "on_train_batch_end", "on_before_optimizer_step"}
 
 
 class StaleStrategy(DDPStrategy):
@@ -106,7 +95,7 @@ class StaleStrategy(DDPStrategy):
         self.timeout, self.start_method = timeout, start_method
         self._update = update
         self._others = OtherRanks(self._require_trainer)
-        self._coordinator = HostedProcess(CoordinatorProcess)
+        self._collectives = Collectives(self._others, self._may_meet, self._undisturbed)
         self._undo_setup: list[Callable[[], object]] = []
         self._untrained: list[Versioned] = []
 
@@ -179,7 +168,7 @@ class StaleStrategy(DDPStrategy):
     def teardown(self) -> None:
         """End what is left after a failure, and undo :meth:`setup`."""
         self._update.release()
-        self._leave_others(finished=not self._is_interrupted())
+        self._others.leave(finished=not self._is_interrupted())
         while self._undo_setup:
             self._undo_setup.pop()()
         super().teardown()
@@ -291,11 +280,8 @@ class StaleStrategy(DDPStrategy):
         """
         self.report(exception)
         super().on_exception(exception)
-        kind, text = describe(exception)
-        if kind != "error" and self.is_global_zero:
-            told = exception.__cause__
-            whose = told if isinstance(told, RunFailedError) else f"rank {self.global_rank} {text}"
-            log.warning("%s: the run ends, on all ranks", whose)
+        if self.is_global_zero:
+            log_signal(exception, self.global_rank)
 
     def _check_signals(self) -> None:
         if self._require_trainer().received_sigterm:
@@ -315,27 +301,9 @@ class StaleStrategy(DDPStrategy):
 
     def _join_others(self, run: str) -> None:
         """Meet the other ranks, and hear of their failures, without a server."""
-        self._leave_others(finished=True)  # of the training before, as LearningRateFinder has it
-        if self.world_size == 1:
-            return
         assert self.cluster_environment is not None
-        serve = partial(
-            serve_coordinator,
-            world_size=self.world_size,
-            main_address=self.cluster_environment.main_address,
-            nodes=self.num_nodes,
-        )
-        endpoint, credentials = self._coordinator.introduce(
-            run, self.global_rank, self.world_size, serve, self._check_signals
-        )
-        self._others.join(Control(endpoint, credentials, self.global_rank, self._check_signals))
-        self._others.guard(super().barrier)  # until all have connected
-        self._coordinator.end_introduction()
-
-    def _leave_others(self, finished: bool) -> None:
-        self._others.leave(finished)
-        self._coordinator.end_introduction()
-        self._coordinator.stop(_FAREWELL_S)
+        address = self.cluster_environment.main_address
+        self._others.connect(run, self.global_rank, self.topology, address, self._check_signals, super().barrier)
 
     # --- collectives ------------------------------------------------------------------------------------------------
 
@@ -349,61 +317,31 @@ class StaleStrategy(DDPStrategy):
         if self.topology.one_replica:
             return tensor
         reduce = super().reduce
-        logged = isinstance(reduce_op, str)  # and not a decision that a callback takes, such as ModelCheckpoint's
-        if logged and self._in_training_batch():
-            rank_zero_warn(
-                "self.log(..., on_step=True, sync_dist=True) in a training batch makes all workers meet at every "
-                "batch, so that a slow one holds up the others: write sync_dist=False, or on_step=False"
-            )
-        return self._collective("reduce", lambda: reduce(tensor, group, reduce_op), group)
+        if isinstance(reduce_op, str):  # logged, and not a decision that a callback takes, such as ModelCheckpoint's
+            warn_within_batch(self.lightning_module)
+        return self._collectives.run("reduce", lambda: reduce(tensor, group, reduce_op), group)
 
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
         """Gather over the replicas."""
         if self.topology.one_replica:
             return (tensor if sync_grads else tensor.detach()).unsqueeze(0)
         gather = super().all_gather
-        return self._collective("all_gather", lambda: gather(tensor, group, sync_grads), group)
+        return self._collectives.run("all_gather", lambda: gather(tensor, group, sync_grads), group)
 
     def broadcast(self, obj: _T, src: int = 0) -> _T:
         """Send ``obj`` of ``src`` to all ranks, once all are there."""
         broadcast = super().broadcast
-        return self._collective("broadcast", lambda: broadcast(obj, src))
+        return self._collectives.run("broadcast", lambda: broadcast(obj, src))
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Wait until all ranks are there."""
         barrier = super().barrier
-        with self._undisturbed():
-            if not self._met_before("barrier"):
-                self._others.guard(lambda: barrier(*args, **kwargs))
+        self._collectives.barrier(lambda: barrier(*args, **kwargs))
 
-    def _collective(self, name: str, call: Callable[[], _T], group: Any | None = None) -> _T:
-        """Run ``call``, a collective of all ranks (``group``: ``None``) or some of them, once all of them are there.
-
-        The collective itself would wait for its timeout, or speak of a broken connection.
-        """
-        with self._undisturbed():
-            if group is None:
-                self._met_before(name)
-            return self._others.guard(call)
-
-    def _met_before(self, collective: str) -> bool:
-        """Meet the others, if they can be met; whole replicas go on by themselves after an interruption."""
-        if not self._others.joined or self.world_size == 1:
-            return False
-        if self._is_interrupted() and self.topology.stages == 1:
-            return False
-        self._others.meet(f"a collective operation ({collective})")
-        return True
+    def _may_meet(self) -> bool:
+        """Whole replicas go on by themselves after an interruption; the parts of one cannot."""
+        return not self._is_interrupted() or self.topology.stages > 1
 
     def _undisturbed(self) -> AbstractContextManager[None]:
         """Return what a collective runs in that nothing else on the device may meet."""
         return nullcontext()
-
-    def _in_training_batch(self) -> bool:
-        module: LightningModule | None = self.lightning_module
-        return (
-            module is not None
-            and of_lightning.trainer_of(module) is not None
-            and module.trainer.training
-            and of_lightning.current_hook(module) in _PER_BATCH_HOOKS
-        )

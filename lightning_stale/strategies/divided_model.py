@@ -25,6 +25,7 @@ from lightning_stale.pipeline.divided.division import Division, give
 from lightning_stale.pipeline.divided.meta_device import assign, initialize, on_meta
 from lightning_stale.pipeline.divided.tensors import move, tensors_of
 from lightning_stale.private import of_lightning
+from lightning_stale.strategies.collectives import Collectives
 from lightning_stale.topology import Topology
 
 Whole = Literal["rank0", "all"]
@@ -45,7 +46,7 @@ class DividedModel:
         topology: of one replica.
         rank: this one.
         device: where its part is computed.
-        collective: runs a collective, which has a name, once all ranks are there.
+        collectives: of all ranks.
     """
 
     def __init__(
@@ -54,10 +55,10 @@ class DividedModel:
         topology: Topology,
         rank: int,
         device: torch.device,
-        collective: Callable[[str, Callable[[], Any]], Any],
+        collectives: Collectives,
     ) -> None:
         self._module, self._topology, self._rank, self._device = module, topology, rank, device
-        self._collective = collective
+        self._collectives = collectives
         self._division: Division | None = None
         self._mapped: set[int] = set()  # ids of the tensors that lie in the file of a checkpoint
         self._values: Mapping[str, Tensor] | None = None  # of the checkpoint that is being made, on rank 0
@@ -141,12 +142,11 @@ class DividedModel:
 
     def _gather_at_first(self, value: Any) -> list[Any] | None:
         packed = piecewise.Packed(value if self._rank > 0 else None)
-        gathered: list[Any] | None = self._collective("gather", lambda: piecewise.gather(packed, value, self._device))
-        return gathered
+        return self._collectives.run("gather", lambda: piecewise.gather(packed, value, self._device))
 
     def _spread(self, values: list[Any] | None) -> Any:
         packed = [piecewise.Packed(value) for value in values or ()]
-        return self._collective("spread", lambda: piecewise.spread(packed, values, self._device))
+        return self._collectives.run("spread", lambda: piecewise.spread(packed, values, self._device))
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 

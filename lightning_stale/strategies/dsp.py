@@ -7,12 +7,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
@@ -21,27 +19,26 @@ from torch.utils.data import DataLoader
 from lightning_stale.pipeline.channels.links import Links, stage_mesh
 from lightning_stale.pipeline.clipping import clip_per_block
 from lightning_stale.pipeline.divided.tensors import without_meta
-from lightning_stale.pipeline.partition.body import positional
 from lightning_stale.pipeline.partition.model import Split
-from lightning_stale.pipeline.pipeline import Pipeline
-from lightning_stale.pipeline.replaced_forward import ReplacedForward
 from lightning_stale.pipeline.staleness import Staleness
 from lightning_stale.private import of_lightning
 from lightning_stale.strategies.assembly import Assembly
 from lightning_stale.strategies.base import StaleStrategy
-from lightning_stale.strategies.body_calls import BodyCalls
 from lightning_stale.strategies.checks import check_pipeline
 from lightning_stale.strategies.divided_model import DividedModel, Whole, check_callbacks, copied, load_mapped
 from lightning_stale.strategies.dsp_options import number_of_stages
-from lightning_stale.strategies.results_of_rank_0 import MetricsOfRank0, separate_metrics, share_results
+from lightning_stale.strategies.results_of_rank_0 import (
+    MetricsOfRank0,
+    separate_metrics,
+    share_results,
+    warn_of_gradients,
+)
 from lightning_stale.strategies.running_pipeline import RunningPipeline
 from lightning_stale.strategies.same_batches import SameBatches
 from lightning_stale.strategies.updates.local import LocalUpdate
 from lightning_stale.topology import Topology
 from lightning_stale.transport import secret
 from lightning_stale.transport.groups import gather_everywhere
-
-_GRADIENT_HOOKS = ("on_after_backward", "on_before_optimizer_step")
 
 
 class DSPStrategy(StaleStrategy):
@@ -122,7 +119,7 @@ class DSPStrategy(StaleStrategy):
         trainer = self._require_trainer()
         self._same = SameBatches(self)
         self._divided = DividedModel(
-            trainer.lightning_module, self.topology, self.global_rank, self.root_device, self._collective
+            trainer.lightning_module, self.topology, self.global_rank, self.root_device, self._collectives
         )
         self._undo_setup.append(of_lightning.use_samplers_as_they_are(trainer))
         self._undo_setup.append(of_lightning.before_loading(trainer, self._before_loading))
@@ -151,11 +148,6 @@ class DSPStrategy(StaleStrategy):
             if self.world_size > 1:
                 check_callbacks(trainer)
         stages = self.stages or self.world_size
-        if stages % self.world_size:
-            raise MisconfigurationException(
-                f"stages={stages} on {self.world_size} devices: write a multiple of {self.world_size}, e.g. "
-                f"stages={self.world_size}{self._as_many_starts()}, or devices=1 for virtual stages"
-            )
         self._assembly = Assembly(trainer, stages, self.topology, self.global_rank, self.module, self.split)
         self._same.agree()
         super().setup(trainer)
@@ -164,11 +156,6 @@ class DSPStrategy(StaleStrategy):
         self._add_callback(trainer, MetricsOfRank0(self.meet, self._end_evaluation), after_meeting_points)
         if fitting:
             self._clip_with(self._clip_per_block)
-
-    def _as_many_starts(self) -> str:
-        if isinstance(self.split, str):
-            return ""
-        return f" with {self.world_size - 1} instead of {len(self.split)} starts in split"
 
     def process_dataloader(self, dataloader: object) -> object:
         """Have all ranks draw the same samples."""
@@ -188,21 +175,15 @@ class DSPStrategy(StaleStrategy):
             check_pipeline(trainer)
 
     def _run_in_pipeline(self, trainer: Trainer, assembly: Assembly, same: SameBatches) -> None:
-        """Let calls of the module that was cut run the stages."""
         module, fitting = trainer.lightning_module, trainer.state.fn == TrainerFn.FITTING
         staleness = Staleness.of(self.staleness, assembly.stages, self.queues)
         owner = assembly.owner()
         stages = assembly.make_stages(staleness, self.recompute, self.precision_plugin.forward_context)
         same.begin(fitting, stale=any(staleness.m))
         connection = self._connect(staleness) if self.world_size > 1 else None
-        channels = {} if connection is None else connection[0].channels
-        pipeline = Pipeline(stages, **channels, first=assembly.mine.start, streams=same.streams)
-        calls = BodyCalls(trainer, pipeline, same, owner, self.global_rank)
-        self._running = RunningPipeline(pipeline, calls, same, self._step_with_gradients, connection)
+        self._running = RunningPipeline(trainer, assembly, stages, same, self._step_with_gradients, connection)
         self._summary = {"staleness": staleness.m, "stages": assembly.rows()}
-        arguments = positional(owner)
-        run = of_lightning.not_compiled(lambda *args, **kwargs: calls.forward(arguments(*args, **kwargs)))
-        self._undo_setup.append(of_lightning.replace_forward(module, owner, ReplacedForward(owner, run)))
+        self._undo_setup.append(self._running.replace_forward(module, owner))
         if self.world_size > 1:
             assert self._divided is not None
             trained = self.optimizers if fitting else []  # or left from the last fit
@@ -295,20 +276,12 @@ class DSPStrategy(StaleStrategy):
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         assert self._running is not None
+        assert self._assembly is not None
         step = super().optimizer_step
         result = self._running.step(lambda run_batch: step(optimizer, run_batch, model, **kwargs), closure)
-        self._warn_of_gradients()
+        if self.world_size > 1:
+            warn_of_gradients(self._require_trainer(), self._assembly.stages)
         return result
-
-    def _warn_of_gradients(self) -> None:
-        trainer = self._require_trainer()
-        if self.world_size > 1 and of_lightning.logs_in(trainer, _GRADIENT_HOOKS):
-            assert self._assembly is not None
-            rank_zero_warn(
-                f"what {' and '.join(_GRADIENT_HOOKS)} log of gradients, such as their norm, is that of the last stage "
-                "alone: the gradients of the others are on other ranks. DSPStrategy(stages="
-                f"{self._assembly.stages}) with Trainer(devices=1) has them all"
-            )
 
     def meet(self, place: str) -> None:
         """Drain the pipeline: every batch has then updated every block once."""
@@ -384,7 +357,7 @@ class DSPStrategy(StaleStrategy):
         seconds = self._running.pipeline.busy_s
         busy = [seconds]
         if self.world_size > 1:
-            busy = self._collective("gather", lambda: gather_everywhere(seconds))[::-1]
+            busy = self._collectives.run("gather", lambda: gather_everywhere(seconds))[::-1]
         per_rank = len(self._summary["stages"]) // len(busy)
         for row in self._summary["stages"]:
             row["busy_s"] = busy[row["stage"] // per_rank] / per_rank

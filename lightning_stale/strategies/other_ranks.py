@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Protocol, TypeVar
@@ -9,11 +10,19 @@ from typing import Protocol, TypeVar
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lightning_stale.coordinator import client as coordinator
 from lightning_stale.coordinator.connection import ServerLostError
+from lightning_stale.coordinator.process import CoordinatorProcess
 from lightning_stale.failures import FailureKind, RunFailedError, describe
 from lightning_stale.private import of_lightning, of_torch
+from lightning_stale.strategies.hosted_process import HostedProcess, serve_coordinator
+from lightning_stale.topology import Topology
+
+log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+_FAREWELL_S = 3.0
+"""How long the coordinator outlives rank 0's part in a run: others may still have to hear why it ends."""
 
 
 class Control(Protocol):
@@ -55,6 +64,7 @@ class OtherRanks:
     def __init__(self, trainer: Callable[[], Trainer]) -> None:
         self._trainer = trainer
         self._control: Control | None = None
+        self._coordinator = HostedProcess(CoordinatorProcess)
         self._reported: BaseException | None = None
 
     @property
@@ -64,14 +74,46 @@ class OtherRanks:
 
     def join(self, control: Control) -> None:
         """Meet them through ``control`` from now on."""
-        self.leave()
+        self.leave(finished=True)  # the training before this one, as LearningRateFinder has it
         self._control = control
 
-    def leave(self, finished: bool = False) -> None:
+    def connect(
+        self,
+        run: str,
+        rank: int,
+        topology: Topology,
+        main_address: str,
+        check: Callable[[], None],
+        barrier: Callable[[], None],
+    ) -> None:
+        """Meet them through a coordinator of this run, in a process beside rank 0.
+
+        Args:
+            run: a name that no other run has, the same on all ranks.
+            rank: this one.
+            topology: of the run.
+            main_address: of rank 0's host.
+            check: called while waiting; raises to break off.
+            barrier: returns once all ranks have called it.
+        """
+        self.leave(finished=True)
+        if topology.world_size == 1:
+            return
+        serve = partial(
+            serve_coordinator, world_size=topology.world_size, main_address=main_address, nodes=topology.nodes
+        )
+        endpoint, credentials = self._coordinator.introduce(run, rank, topology.world_size, serve, check)
+        self._control = coordinator.Control(endpoint, credentials, rank, check)
+        self.guard(barrier)  # until all have connected
+        self._coordinator.end_introduction()
+
+    def leave(self, finished: bool) -> None:
         """Meet them no longer; ``finished``: all is done here, and nothing has failed."""
         control, self._control = self._control, None
         if control is not None:
             control.close(finished)
+        self._coordinator.end_introduction()
+        self._coordinator.stop(_FAREWELL_S)
 
     def check(self, fresh: bool = False) -> None:
         """End as another rank has ended, if one has; called again and again while this rank trains or waits."""
@@ -143,3 +185,12 @@ class OtherRanks:
 
     def _detail(self) -> str:
         return f"step {self._trainer().global_step}"
+
+
+def log_signal(exception: BaseException, rank: int) -> None:
+    """Say which signal ends the run, if so, and which rank has received it: Lightning says nothing of a SIGTERM."""
+    kind, text = describe(exception)
+    if kind != "error":
+        told = exception.__cause__
+        whose = told if isinstance(told, RunFailedError) else f"rank {rank} {text}"
+        log.warning("%s: the run ends, on all ranks", whose)

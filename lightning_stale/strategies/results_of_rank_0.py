@@ -8,10 +8,12 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torchmetrics import Metric
 
 from lightning_stale.private import of_lightning
 
+_GRADIENT_HOOKS = ("on_after_backward", "on_before_optimizer_step")
 Undo = list[Callable[[], object]]
 
 
@@ -82,6 +84,16 @@ def separate_metrics(module: LightningModule) -> Undo:
             undo.append(partial(setattr, metric, "distributed_available_fn", metric.distributed_available_fn))
             metric.distributed_available_fn = bool  # says False, and unlike a process group can be pickled
     return undo
+
+
+def warn_of_gradients(trainer: Trainer, stages: int) -> None:
+    """Warn if the user logs gradients, of which rank 0 has its own stage's."""
+    if of_lightning.logs_in(trainer, _GRADIENT_HOOKS):
+        rank_zero_warn(
+            f"what {' and '.join(_GRADIENT_HOOKS)} log of gradients, such as their norm, is that of the last stage "
+            f"alone: the gradients of the others are on other ranks. DSPStrategy(stages={stages}) with "
+            "Trainer(devices=1) has them all"
+        )
 
 
 def _share_predictions(trainer: Trainer) -> Undo:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from lightning_stale.pipeline.channels.links import Links, destroy_mesh
+from lightning_stale.pipeline.partition.body import positional
 from lightning_stale.pipeline.pipeline import Pipeline
+from lightning_stale.pipeline.replaced_forward import ReplacedForward
+from lightning_stale.pipeline.stage import Stage
+from lightning_stale.private import of_lightning
+from lightning_stale.strategies.assembly import Assembly
 from lightning_stale.strategies.body_calls import BodyCalls
 from lightning_stale.strategies.draining import Draining
 from lightning_stale.strategies.same_batches import SameBatches
@@ -24,8 +29,9 @@ class RunningPipeline:
     """Runs the stages' backwards where the loss's is run, and all that are left when the ranks meet.
 
     Args:
-        pipeline: with the stages.
-        calls: lead the user's steps into it.
+        trainer: of this run.
+        assembly: of all stages.
+        stages: this rank's.
         same: what the ranks have in common.
         step: lets the optimizer take a step with the gradients that are there, as training does.
         connection: the channels to other ranks, and the mesh that they were made over; none on one rank.
@@ -33,16 +39,25 @@ class RunningPipeline:
 
     def __init__(
         self,
-        pipeline: Pipeline,
-        calls: BodyCalls,
+        trainer: Trainer,
+        assembly: Assembly,
+        stages: Sequence[Stage],
         same: SameBatches,
         step: Callable[[], object],
         connection: tuple[Links, DeviceMesh] | None,
     ) -> None:
-        self.pipeline, self.calls = pipeline, calls
-        self.draining = Draining(pipeline, step)
+        channels = {} if connection is None else connection[0].channels
+        self.pipeline = Pipeline(stages, **channels, first=assembly.mine.start, streams=same.streams)
+        self.calls = BodyCalls(trainer, self.pipeline, same, assembly.owner(), trainer.global_rank)
+        self.draining = Draining(self.pipeline, step)
         self._streams = same.streams
         self._connection = connection
+
+    def replace_forward(self, module: LightningModule, owner: nn.Module) -> Callable[[], None]:
+        """Let a call of ``owner``, the part of ``module`` that was cut, run the stages; return what undoes it."""
+        arguments, calls = positional(owner), self.calls
+        run = of_lightning.not_compiled(lambda *args, **kwargs: calls.forward(arguments(*args, **kwargs)))
+        return of_lightning.replace_forward(module, owner, ReplacedForward(owner, run))
 
     def backward(
         self,
