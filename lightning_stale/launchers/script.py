@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning_stale.failures import RunFailedError
-from lightning_stale.launchers.job import arrive, current_job
+from lightning_stale.launchers.hydra.job import arrive, current_job
 from lightning_stale.private import of_launchers, of_torch
 from lightning_stale.private.of_launchers import SubprocessScriptLauncher
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_stale.launchers.job import leave_group_of_one
+from lightning_stale.launchers.hydra.job import leave_group_of_one
 from lightning_stale.private.of_launchers import MultiProcessingLauncher, forks
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ from omegaconf import OmegaConf
 
 from lightning_stale import StaleSyncStrategy, hydra_job
 from lightning_stale.failures import RunFailedError
-from lightning_stale.launchers import ScriptLauncher, command, job
+from lightning_stale.launchers import ScriptLauncher
+from lightning_stale.launchers.hydra import command, job
 from lightning_stale.private import of_hydra, of_launchers, of_torch
 
 

@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from lightning_stale.failures import RunFailedError
-from lightning_stale.launchers.job import current_job
+from lightning_stale.launchers.hydra.job import current_job
 from lightning_stale.launchers.script import launch
 from lightning_stale.private import of_launchers
 
