@@ -216,8 +216,8 @@ def _find(name: str) -> Any:
     module, _, path = name.partition(":")
     try:
         found: Any = importlib.import_module(module)
-        for part in path.split("."):
-            found = getattr(found, part)
+        for attribute in path.split("."):
+            found = getattr(found, attribute)
     except (ImportError, AttributeError):
         return None
     return found
