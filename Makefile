@@ -2,14 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint bench
+.PHONY: quickstart test soak lint bench
 
 quickstart: .venv/.installed
 	$(BIN)/python recipes/train.py -m experiment=digits trainer/strategy=ddp,bsp,ssp,dssp hydra.sweep.dir=outputs/quickstart
 	$(BIN)/python recipes/compare.py outputs/quickstart
 
 test: .venv/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+soak: .venv/.installed
+	LIGHTNING_STALE_SOAK_EVENTS=1000000 $(BIN)/python -m pytest -s tests/unit/coordinator/test_machine.py
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -14,15 +14,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
+from lightning_stale.coordinator.connection import CONNECT_TIMEOUT_S, ServerLostError
 from lightning_stale.failures import RunFailedError, describe
 from lightning_stale.paradigms import PARADIGMS, Paradigm, as_paradigm
-from lightning_stale.parameter_server.client import (
-    CONNECT_TIMEOUT_S,
-    ParameterClient,
-    Release,
-    ServerLostError,
-    Transport,
-)
+from lightning_stale.parameter_server.client import ParameterClient, Release, Transport
 from lightning_stale.parameter_server.process import ServerProcess
 from lightning_stale.private import of_torch
 from lightning_stale.strategies.base import StaleStrategy

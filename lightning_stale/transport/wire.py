@@ -42,6 +42,7 @@ SCHEMA: dict[str, dict[str, type | tuple[type, ...]]] = {
     "optimizer_state": {"optimizer": int},
     "snapshot": {},
     "summary": {},
+    "ping": {},  # what is known of failures by now comes before the answer
     "abort": {"kind": str, "text": str},
     "bye": {},
     # server -> worker
@@ -49,6 +50,7 @@ SCHEMA: dict[str, dict[str, type | tuple[type, ...]]] = {
     "released": {"version": int, "clock": int, "lead": int, "staleness": int, "nbytes": int},
     "synced": {"version": int, "thresholds": dict, "nbytes": int},
     "reply": {"nbytes": int, "size": int, "head": int},  # of the parcel
+    "pong": {},
     "failed": {"kind": str, "text": str},
     "aborted": {"cause": str},  # the failure that came before, if any
 }

@@ -1,4 +1,4 @@
-"""The server's logic, driven message by message through a socket that only remembers what was sent."""
+"""Service, coordinator and shard, driven message by message through a socket that only remembers what was sent."""
 
 from __future__ import annotations
 
@@ -20,9 +20,13 @@ import zmq
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_stale.coordinator.coordinator import Coordinator
+from lightning_stale.coordinator.service import Service
+from lightning_stale.events import Recorder
+from lightning_stale.events.stale_sync import StaleSyncCounts
 from lightning_stale.paradigms import ASP, BSP, DSSP, SSP, Paradigm
 from lightning_stale.parameter_server.options import read_options
-from lightning_stale.parameter_server.server import ParameterServer
+from lightning_stale.parameter_server.shard import Shard
 from lightning_stale.parameter_server.store import ParameterStore
 from lightning_stale.transport import memory, wire
 from lightning_stale.transport.layout import Layout
@@ -109,15 +113,15 @@ class Harness:
         self.socket = FakeSocket()
         self.time = 0.0
         self.paradigm = paradigm
-        self.server = ParameterServer(
+        counts = StaleSyncCounts(world_size, paradigm.thresholds)
+        recorder = Recorder(counts)
+        self.service = Service(
             self.socket,  # type: ignore[arg-type]
-            self.store,
-            self.layout,
-            paradigm,
-            world_size,
-            folder,
+            Coordinator(world_size, paradigm, record=recorder.record),
+            "parameter server",
             now=lambda: self.time,
         )
+        self.shard = Shard(self.service, self.store, self.layout, world_size, folder, counts, recorder.record)
         self.world_size = world_size
         self.segments: dict[int, Tensor] = {}
 
@@ -126,7 +130,7 @@ class Harness:
     def raw(self, rank: int, *frames: bytes) -> None:
         data = [FakeFrame(frame, connection_of(rank)) for frame in (identity_of(rank), *frames)]
         self.socket.router.incoming.append(data)
-        self.server._drain()
+        self.service.drain()
 
     def send(self, rank: int, kind: str, /, payload: bytes | None = None, **fields: Any) -> None:
         frames = [wire.encode_message(kind, **fields)]
@@ -184,7 +188,7 @@ class Harness:
 
     def close_connection(self, rank: int) -> None:
         self.socket.closed.append(connection_of(rank))
-        self.server._note_connections()
+        self.service.note_connections()
 
     # --- what a worker sees -----------------------------------------------------------------------------------------
 
@@ -302,9 +306,9 @@ def test_who_has_the_newest_weights_is_not_sent_them_again() -> None:
 @pytest.mark.skipif(not memory.supported(), reason="needs Linux")
 def test_segments_are_made_before_the_workers_connect(tmp_path: Path) -> None:
     harness, made = Harness(ASP(), folder=str(tmp_path)), []
-    harness.server.prepare_segments(2, report=lambda: made.append(len(harness.server._segments)))
+    harness.shard.prepare_segments(2, report=lambda: made.append(len(harness.shard._segments)))
     assert made == [1, 2]
-    harness.server._folder = str(tmp_path / "missing")  # so that no other one can be made
+    harness.shard._folder = str(tmp_path / "missing")  # so that no other one can be made
     harness.start(shared=True)
     harness.push(0, 2.0)
     assert_weights(harness.weights(0, harness.released(0)), -1.0)
@@ -538,14 +542,14 @@ def test_a_raised_threshold_lets_waiting_workers_go_on_at_once_oldest_first() ->
     harness = Harness(SSP(0), world_size=4)
     harness.start()
     order: list[int] = []
-    send_to = harness.server._send_to
+    send_to = harness.service.send_frames
 
     def send(identity: bytes, *frames: Any) -> None:
         if wire.decode_message(bytes(frames[0]))["type"] == "released":
             order.append(int(identity.rpartition(b"-")[2]))
         send_to(identity, *frames)
 
-    harness.server._send_to = send  # type: ignore[method-assign]
+    harness.service.send_frames = send  # type: ignore[method-assign]
     for rank in (2, 1, 3):
         harness.push(rank, 1.0)
     assert order == []
@@ -599,7 +603,7 @@ def test_leads_are_counted_under_the_thresholds_in_force() -> None:
     assert torch.load(saved(snapshot), weights_only=True) == snapshot
     for paradigm, more in ((SSP(2), []), (SSP(7), [{"thresholds": {"threshold": 7}, "since": 4, "max_lead": 0}])):
         resumed = Harness(paradigm)
-        resumed.server.resume(snapshot)
+        resumed.shard.resume(snapshot)
         resumed.start()
         assert resumed.ask(1, "summary")["phases"] == phases + more
 
@@ -716,7 +720,7 @@ def test_a_snapshot_goes_on_where_it_was_taken(paradigm: Paradigm) -> None:
 
     for world_size in (2, 3):
         resumed = Harness(type(paradigm)(), world_size)
-        resumed.server.resume(snapshot)
+        resumed.shard.resume(snapshot)
         resumed.start()
         assert dict(resumed.paradigm.clocks) == dict.fromkeys(range(world_size), 2)
         assert resumed.store.version == 3
@@ -737,7 +741,7 @@ def test_a_snapshot_under_another_paradigm_keeps_the_version_only() -> None:
     harness.push(0)
     harness.take(0)
     resumed = Harness(BSP())
-    resumed.server.resume(harness.ask(0, "snapshot"))
+    resumed.shard.resume(harness.ask(0, "snapshot"))
     resumed.start()
     assert (dict(resumed.paradigm.clocks), resumed.store.version) == ({0: 0, 1: 0}, 1)
 
@@ -1063,7 +1067,7 @@ def test_strangers_are_logged_once(warnings_logged: Callable[[], list[str]]) -> 
         harness.raw(STRANGER, *frames)
     harness.close_connection(STRANGER)
     harness.socket.refused = True
-    harness.server._note_connections()
+    harness.service.note_connections()
     (warning,) = warnings_logged()
     assert warning.startswith("The parameter server ignored a stranger on its port (logged once): ")
 
@@ -1076,7 +1080,7 @@ def test_a_strangers_connection_is_logged(how: str, warnings_logged: Callable[[]
         harness.close_connection(STRANGER)
     else:
         harness.socket.refused = True
-        harness.server._note_connections()
+        harness.service.note_connections()
     (warning,) = warnings_logged()
     assert "a connection that is not a worker's was closed" in warning
     assert harness.take(0) == harness.take(1) == []
@@ -1144,25 +1148,25 @@ def test_run_ends_when_all_have_said_goodbye(running: Harness, pipe: tuple[int, 
         assert len(turns) < 5, "the server goes on"
         return False
 
-    running.server.run(pipe[0], orphaned)
+    running.service.run(pipe[0], orphaned)
     assert running.take(0) == running.take(1) == []
 
 
 def test_run_ends_with_the_lifeline(running: Harness, pipe: tuple[int, int]) -> None:
     os.close(pipe[1])
-    running.server.run(pipe[0], lambda: False)
+    running.service.run(pipe[0], lambda: False)
     assert "rank 0, which started the parameter server, has ended" in running.failure(1)["text"]
 
 
 def test_run_ends_with_its_parent(running: Harness, pipe: tuple[int, int]) -> None:
-    running.server.run(pipe[0], lambda: True)
+    running.service.run(pipe[0], lambda: True)
     assert "rank 0, which started the parameter server, has ended" in running.failure(1)["text"]
 
 
 def test_run_notes_connections(running: Harness, pipe: tuple[int, int]) -> None:
     running.socket.closed.append(connection_of(1))
     turns = iter([False, True])
-    running.server.run(pipe[0], lambda: next(turns))
+    running.service.run(pipe[0], lambda: next(turns))
     assert "rank 1 (process 1001) is gone" in running.failure(0)["text"]
 
 
@@ -1171,4 +1175,4 @@ def test_an_abort_that_comes_with_the_end_of_its_own_connection_counts(running: 
     running.send(1, "abort", kind="error", text="raised ValueError")
     assert running.failure(0)["text"] == "rank 1 raised ValueError"
     running.send(0, "bye")
-    running.server.run(pipe[0], lambda: pytest.fail("the server waits for a worker that is gone"))
+    running.service.run(pipe[0], lambda: pytest.fail("the server waits for a worker that is gone"))

@@ -1,0 +1,32 @@
+"""The coordinator, whatever happens: thousands of random events here, a million in ``make soak``."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from tests.unit.coordinator.machine import Machine, events
+
+EVENTS = int(os.environ.get("LIGHTNING_STALE_SOAK_EVENTS", "20000"))
+
+
+@pytest.mark.timeout(0 if "LIGHTNING_STALE_SOAK_EVENTS" in os.environ else 180)
+def test_whatever_happens() -> None:
+    before = events.total()
+    while events.total() - before < EVENTS:
+        run_state_machine_as_test(
+            Machine,
+            settings=settings(
+                max_examples=25 if EVENTS < 10**5 else 500,
+                stateful_step_count=30,
+                deadline=None,
+                suppress_health_check=list(HealthCheck),
+                database=None,
+            ),
+        )
+    print(f"{events.total() - before:,} events: {dict(events)}")
+    kinds = {"Join", "Push", "Arrive", "Request", "Leave", "Lose", "Abort", "SetThresholds"}
+    assert min(events[kind] for kind in kinds) > EVENTS / 2_000, events
