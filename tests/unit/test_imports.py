@@ -39,6 +39,8 @@ LAYERS = [
 
 SIBLINGS: dict[tuple[str, str], str] = {
     ("roll_call", "health"): "to wait for as long as all ranks live is a question of their health",
+    ("coordinator", "transport"): "the loop around the state machine and its clients send messages (it does not: PURE)",
+    ("coordinator", "events"): "the state machine records what it decides",
     ("callbacks", "strategies"): "a callback reads a strategy's summary and changes its paradigm",
 }
 CYCLE_EXCEPTIONS: dict[tuple[str, str], str] = {
@@ -57,6 +59,28 @@ MAY_IMPORT = {  # of the rest of the world, besides Python's own modules; who is
     "failures": set[str](),
     "lifeline": set[str](),
     "coordinator": {"msgpack", "zmq"},
+}
+PURE = [
+    "paradigms",
+    "events",
+    "failures",
+    *(f"coordinator.{name}" for name in ("coordinator", "membership", "meetings", "leases", "messages")),
+    "pipeline.schedule",
+    "pipeline.staleness",
+]
+"""Modules and packages of decisions: no socket, no clock, no thread, no torch."""
+PURE_STANDARD = {
+    "__future__",
+    "abc",
+    "collections",
+    "dataclasses",
+    "enum",
+    "functools",
+    "heapq",
+    "itertools",
+    "math",
+    "traceback",
+    "typing",
 }
 NO_LIGHTNING = {"pipeline", "averaging", "transport"}  # algorithms and transports know nothing of Lightning
 
@@ -259,6 +283,20 @@ def test_who_may_import_what_of_others() -> None:
         if (allowed is not None and root not in allowed) or (importer in NO_LIGHTNING and root.startswith("lightning")):
             wrong.append(found)
     assert wrong == []
+
+
+def _is_pure(module: str) -> bool:
+    return any(_short(module) == name or _short(module).startswith(f"{name}.") for name in PURE)
+
+
+def test_decisions_are_made_without_sockets_clocks_and_threads() -> None:
+    wrong = [
+        found
+        for found in all_imports()
+        if _is_pure(found.importer) and not _is_pure(found.target) and found.target.split(".")[0] not in PURE_STANDARD
+    ]
+    assert wrong == []
+    assert [name for name in PURE if not any(_short(module) == name for module in sources())] == [], "it has moved"
 
 
 IMPORT = """
