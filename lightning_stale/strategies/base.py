@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lightning_stale.failures import RunFailedError, describe
 from lightning_stale.launchers import ScriptLauncher, SummaryLauncher
-from lightning_stale.launchers.job import current_job, destroy_process_group
+from lightning_stale.launchers.hydra.job import current_job, destroy_process_group
 from lightning_stale.private import of_lightning, of_torch
 from lightning_stale.strategies.buffers import Versioned, agree_on_buffers, agree_on_changed
 from lightning_stale.strategies.checks import (

@@ -24,12 +24,12 @@ from lightning_stale.pipeline.channels.links import Links, destroy_mesh, stage_m
 from lightning_stale.pipeline.clipping import clip_per_block
 from lightning_stale.pipeline.divided.ownership import constant_names, own_names
 from lightning_stale.pipeline.divided.tensors import tensors_named
-from lightning_stale.pipeline.partition.body import outside, positional
+from lightning_stale.pipeline.partition.body import outside
 from lightning_stale.pipeline.partition.costs import count_parameters
 from lightning_stale.pipeline.partition.disjoint import check_disjoint
 from lightning_stale.pipeline.partition.model import Split
 from lightning_stale.pipeline.pipeline import Pipeline
-from lightning_stale.pipeline.replaced_forward import ReplacedForward
+from lightning_stale.pipeline.replaced_forward import ReplacedForward, positional
 from lightning_stale.pipeline.stage import Stage
 from lightning_stale.pipeline.staleness import Staleness
 from lightning_stale.pipeline.values.trees import tensors
