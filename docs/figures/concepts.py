@@ -1,18 +1,13 @@
-"""The figures of concepts.md and hpsgd.md: ``python docs/figures/concepts.py``.
+"""The figures of concepts.md and hpsgd.md: ``python -m docs.figures.concepts``.
 
 Who waits for whom is not drawn by hand: the paradigms and the schedule of this package say it.
 """
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
-
-from figures.svg import BLUE, FAINT, GREEN, INK, ORANGE, PALE, PAPER, SMALL, WIDTH, WORKERS, Figure, save
-
+from docs.figures.svg import BLUE, FAINT, GREEN, INK, ORANGE, PALE, PAPER, SMALL, WIDTH, WORKERS, Figure, save
 from lightning_stale.paradigms import ASP, SSP, Paradigm
 from lightning_stale.pipeline.schedule import iteration
 from lightning_stale.pipeline.staleness import Staleness
@@ -43,7 +38,7 @@ class Step:
 def run(paradigm: Paradigm, durations: list[list[float]], until: float) -> list[Step]:
     """Return the steps of workers whose steps take ``durations`` (the last one again and again) up to ``until``."""
     steps: list[Step] = []
-    working = {worker: (0.0, 0) for worker in range(len(durations))}  # since when, and on which weights
+    working = dict.fromkeys(range(len(durations)), (0.0, 0))  # since when, and on which weights
     waiting: dict[int, Step] = {}
     version = 0
     for worker in working:

@@ -1,13 +1,8 @@
-"""The figures of contributing.md: ``python docs/figures/house.py``."""
+"""The figures of contributing.md: ``python -m docs.figures.house``."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from figures.svg import BLUE, FAINT, GREEN, INK, ORANGE, PAPER, SMALL, WIDTH, Figure, save
+from docs.figures.svg import BLUE, FAINT, GREEN, INK, ORANGE, PAPER, SMALL, WIDTH, Figure, save
 
 
 def _named(figure: Figure, x: float, y: float, width: float, name: str, what: str, edge: str = FAINT) -> None:
@@ -24,7 +19,12 @@ def house() -> Figure:
         ("what a Lightning user names", [("strategies", "the shells"), ("callbacks", "monitor, schedule")]),
         (
             "what a strategy is made of",
-            [("parameter_server", "weights, steps"), ("averaging", "HPSGD"), ("pipeline", "DSP"), ("launchers", "ranks")],
+            [
+                ("parameter_server", "weights, steps"),
+                ("averaging", "HPSGD"),
+                ("pipeline", "DSP"),
+                ("launchers", "ranks"),
+            ],
         ),
         (
             "what they stand on",
@@ -60,19 +60,72 @@ def gradient() -> Figure:
     figure = Figure("How a gradient travels", 500)
     figure.box(2, 2, 396, 122, "#eef4fb")
     figure.text(392, 20, "in the worker", SMALL, BLUE, at="end", bold=True)
-    _row(figure, 12, "backward", ["fills .grad, which lies in the push buffer (CPU)", "or is copied to pinned memory (GPU)"], BLUE, 1)
-    _row(figure, 72, "exchange", ["stands in for optimizer.step(): one message:", "which optimizer, learning rate, clipping"], BLUE, 2)
+    _row(
+        figure,
+        12,
+        "backward",
+        ["fills .grad, which lies in the push buffer (CPU)", "or is copied to pinned memory (GPU)"],
+        BLUE,
+        1,
+    )
+    _row(
+        figure,
+        72,
+        "exchange",
+        ["stands in for optimizer.step(): one message:", "which optimizer, learning rate, clipping"],
+        BLUE,
+        2,
+    )
     figure.box(2, 132, 396, 66, "#f4f1ea")
     figure.text(392, 150, "between", SMALL, ORANGE, at="end", bold=True)
-    _row(figure, 142, "transport", ["same host: shared memory, nothing is sent.", "other hosts: encrypted stream, 4 MiB chunks"], ORANGE, 3)
+    _row(
+        figure,
+        142,
+        "transport",
+        ["same host: shared memory, nothing is sent.", "other hosts: encrypted stream, 4 MiB chunks"],
+        ORANGE,
+        3,
+    )
     figure.box(2, 206, 396, 196, "#edf6f0")
     figure.text(392, 224, "in the server process", SMALL, GREEN, at="end", bold=True)
-    _row(figure, 216, "shard: apply rule", ["knows worker, staleness and gradient:", "apply it, scale it, correct it or drop it"], GREEN, 4)
-    _row(figure, 278, "shard: optimizer", ["the user's own takes one step (BSP: with the", "mean of a round); the version grows by one"], GREEN, 5)
-    _row(figure, 340, "coordinator: gate", ["the paradigm counts the push, and says who", "may go on now; others' OK is held back"], GREEN, 6)
+    _row(
+        figure,
+        216,
+        "shard: apply rule",
+        ["knows worker, staleness and gradient:", "apply it, scale it, correct it or drop it"],
+        GREEN,
+        4,
+    )
+    _row(
+        figure,
+        278,
+        "shard: optimizer",
+        ["the user's own takes one step (BSP: with the", "mean of a round); the version grows by one"],
+        GREEN,
+        5,
+    )
+    _row(
+        figure,
+        340,
+        "coordinator: gate",
+        ["the paradigm counts the push, and says who", "may go on now; others' OK is held back"],
+        GREEN,
+        6,
+    )
     figure.box(2, 410, 396, 86, "#eef4fb")
     figure.text(392, 428, "in the worker again", SMALL, BLUE, at="end", bold=True)
-    _row(figure, 424, "OK, and pull", ["the newest weights come with it, and are spread", "into the model after the batch, never under a", "graph that is still alive"], BLUE, 7)
+    _row(
+        figure,
+        424,
+        "OK, and pull",
+        [
+            "the newest weights come with it, and are spread",
+            "into the model after the batch, never under a",
+            "graph that is still alive",
+        ],
+        BLUE,
+        7,
+    )
     for y, end in ((38, 71), (98, 141), (168, 215), (242, 277), (304, 339), (366, 423)):
         figure.line([(18, y), (18, end)], FAINT, arrow=True)
     return figure

@@ -32,7 +32,14 @@ class Figure:
         ]
 
     def text(
-        self, x: float, y: float, text: str, size: float = NORMAL, colour: str = INK, at: str = "start", bold: bool = False
+        self,
+        x: float,
+        y: float,
+        text: str,
+        size: float = NORMAL,
+        colour: str = INK,
+        at: str = "start",
+        bold: bool = False,
     ) -> None:
         """Write ``text`` on the base line ``y``; ``x`` is where it starts, its ``middle`` or its ``end``."""
         weight = ' font-weight="600"' if bold else ""
@@ -41,13 +48,22 @@ class Figure:
             f"{escape(text)}</text>"
         )
 
-    def lines(self, x: float, y: float, lines: list[str], size: float = SMALL, colour: str = FAINT, at: str = "start") -> None:
+    def lines(
+        self, x: float, y: float, lines: list[str], size: float = SMALL, colour: str = FAINT, at: str = "start"
+    ) -> None:
         """Write several lines of text."""
         for number, line in enumerate(lines):
             self.text(x, y + number * (size + 3.5), line, size, colour, at)
 
     def box(
-        self, x: float, y: float, width: float, height: float, fill: str = PALE, edge: str | None = None, dashed: bool = False
+        self,
+        x: float,
+        y: float,
+        width: float,
+        height: float,
+        fill: str = PALE,
+        edge: str | None = None,
+        dashed: bool = False,
     ) -> None:
         """Draw a rectangle."""
         stroke = "" if edge is None else f' stroke="{edge}" stroke-width="1.3"'
@@ -56,7 +72,9 @@ class Figure:
             f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="3" fill="{fill}"{stroke}{dash}/>'
         )
 
-    def line(self, points: list[tuple[float, float]], colour: str = FAINT, arrow: bool = False, dashed: bool = False) -> None:
+    def line(
+        self, points: list[tuple[float, float]], colour: str = FAINT, arrow: bool = False, dashed: bool = False
+    ) -> None:
         """Draw a line through ``points``, with an arrow head at its end if asked for."""
         path = " L".join(f"{x:g} {y:g}" for x, y in points)
         head = f' marker-end="url(#head{colour[1:]})"' if arrow else ""
