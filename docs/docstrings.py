@@ -1,4 +1,4 @@
-"""Docstrings as Markdown: ``:class:`~package.Name``` becomes ``Name``, and an ``Example::`` the code that it is."""
+"""Docstrings as Markdown: what only Sphinx understands is put into its words, and what is returned keeps its type."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import griffe
 
 _ROLE = re.compile(r":(?:class|meth|func|attr|mod|data):`(~?)([^`]+)`")
 _EXAMPLE = re.compile(r"^Example::\n\n((?:[ \t]+.*\n?|\n)+)", re.MULTILINE)
+_RETURNS = re.compile(r"^(Returns:\n\s+)(?=``)", re.MULTILINE)
 
 
 class Markdown(griffe.Extension):
@@ -18,10 +19,17 @@ class Markdown(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """Rewrite the docstring of ``obj``."""
         if obj.docstring is not None:
-            obj.docstring.value = as_markdown(obj.docstring.value)
+            returns = str(obj.returns) if isinstance(obj, griffe.Function) else ""
+            obj.docstring.value = as_markdown(obj.docstring.value, returns)
 
 
-def as_markdown(docstring: str) -> str:
-    """Return ``docstring`` without what only Sphinx understands."""
+def as_markdown(docstring: str, returns: str = "") -> str:
+    """Return ``docstring`` in Markdown.
+
+    Args:
+        docstring: with ``:class:`~package.Name```, which becomes ``Name``, and ``Example::``, which becomes the code.
+        returns: the type of what is returned: code at the beginning of that section would be taken for it.
+    """
     plain = _ROLE.sub(lambda role: f"`{role[2].rpartition('.')[2] if role[1] else role[2]}`", docstring)
-    return _EXAMPLE.sub(lambda found: f"**Example**\n\n```python\n{textwrap.dedent(found[1]).strip()}\n```\n", plain)
+    typed = _RETURNS.sub(lambda found: f"{found[1]}{returns}: ", plain)
+    return _EXAMPLE.sub(lambda found: f"**Example**\n\n```python\n{textwrap.dedent(found[1]).strip()}\n```\n", typed)
