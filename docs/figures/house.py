@@ -119,9 +119,9 @@ def gradient() -> Figure:
         424,
         "OK, and pull",
         [
-            "the newest weights come with it, and are spread",
-            "into the model after the batch, never under a",
-            "graph that is still alive",
+            "the newest weights come with it; in manual",
+            "optimization, those that others have changed",
+            "come after the batch, when no graph is alive",
         ],
         BLUE,
         7,

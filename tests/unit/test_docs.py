@@ -151,19 +151,13 @@ def test_paths() -> None:
 
 
 def test_the_map_of_the_house() -> None:
-    """Its folders and files are there, and none of the package's is left out."""
-    (house,) = [snippet for snippet in snippets("text") if snippet.code.startswith("lightning_stale/\n")]
-    if house.how == "not yet":
-        pytest.skip(f"not yet: {house.name}")
-    drawn = {
-        Path("lightning_stale" if line[0] == " " else "") / word
-        for line in house.code.splitlines()
-        for word in line.split()
-        if word.endswith(("/", ".py"))
-    }
-    assert {path for path in drawn if not (ROOT / path).exists()} == set()
-    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "lightning_stale").glob("*/__init__.py")}
-    assert folders <= drawn
+    """What is in it is there, and no folder of the package is left out."""
+    page = (ROOT / "docs" / "contributing.md").read_text()
+    if "<!-- not yet: the map of the house -->" in page:
+        pytest.skip("not yet: the map of the house")
+    drawn = set(re.findall(r"^\| `([\w.]+/?)` \|", page, re.MULTILINE))
+    assert {path for path in drawn if not (ROOT / "lightning_stale" / path).exists()} == set()
+    assert {f"{path.parent.name}/" for path in (ROOT / "lightning_stale").glob("*/__init__.py")} <= drawn
 
 
 # --- links and figures ------------------------------------------------------------------------------------------------
