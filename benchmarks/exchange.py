@@ -32,14 +32,14 @@ from report import Row, report
 from torch import Tensor
 
 from lightning_stale import ASP
-from lightning_stale.parameter_server import memory
 from lightning_stale.parameter_server.client import ParameterClient
-from lightning_stale.parameter_server.credentials import Credentials
-from lightning_stale.parameter_server.endpoint import Endpoint
-from lightning_stale.parameter_server.layout import Layout
 from lightning_stale.parameter_server.options import read_options
 from lightning_stale.parameter_server.process import ServerProcess
-from lightning_stale.strategies.internals import rendezvous_store
+from lightning_stale.private.of_torch import rendezvous_store
+from lightning_stale.transport import memory
+from lightning_stale.transport.credentials import Credentials
+from lightning_stale.transport.endpoint import Endpoint
+from lightning_stale.transport.layout import Layout
 
 SIZES = {"4 MB": (20, 50_000), "100 MB": (100, 250_000)}  # tensors, elements of each
 WORKERS = 2

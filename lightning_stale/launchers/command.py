@@ -16,7 +16,7 @@ from typing import Any
 from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf, flag_override
 
-from lightning_stale.launchers import internals
+from lightning_stale.private import of_hydra
 
 _LOKY = "joblib.externals.loky"
 
@@ -36,7 +36,7 @@ def save_config(file: Path) -> None:
 
     Not ``.hydra/config.yaml``, which lacks the types, the choices and the number of the job, and need not exist.
     """
-    config = copy.deepcopy(internals.whole_config())
+    config = copy.deepcopy(of_hydra.whole_config())
     with flag_override(config.hydra, ["readonly", "struct"], False):
         config.hydra.job_logging = _console_only(config.hydra.job_logging)
     buffer = io.BytesIO()

@@ -16,9 +16,9 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 
 from lightning_stale.failures import RunFailedError
-from lightning_stale.launchers import internals
 from lightning_stale.launchers.command import in_joblib_worker, rank_command, rank_environment, save_config
-from lightning_stale.launchers.lifeline import end_with
+from lightning_stale.lifeline import end_with
+from lightning_stale.private import of_torch
 
 _OF_RANKS = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 VARIABLES = (*_OF_RANKS, "PL_GLOBAL_SEED", "PL_SEED_WORKERS")
@@ -138,7 +138,7 @@ class Job:
             if not self._ended.wait(_PATIENCE_S):
                 log.error("%s, and the others do not end: they are made to", lost)
                 self._kill()
-                internals.abort_collectives()
+                of_torch.abort_collectives()
             return
 
     def _reap(self, grace_s: float) -> str | None:

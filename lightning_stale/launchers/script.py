@@ -8,8 +8,8 @@ from typing import Any
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from lightning_stale.failures import RunFailedError
-from lightning_stale.launchers import internals
 from lightning_stale.launchers.job import arrive, current_job
+from lightning_stale.private import of_lightning, of_torch
 
 _DEATH_S = 10.0
 """A connection breaks a moment before the process that held it has ended."""
@@ -42,20 +42,20 @@ def launch(
     """
     job = current_job()
     if job is None:
-        return internals.lightnings_launch(launcher, function, *args, trainer=trainer, **kwargs)
+        return of_lightning.lightnings_launch(launcher, function, *args, trainer=trainer, **kwargs)
     environment, num_processes = launcher.cluster_environment, launcher.num_processes
     environment.validate_settings(num_devices=num_processes, num_nodes=launcher.num_nodes)
     try:
         if environment.creates_processes_externally:
             arrive()
         else:
-            internals.announce(launcher)
+            of_lightning.announce(launcher)
             launcher.procs = job.start(num_processes)
-        internals.share_threads(num_processes)
+        of_lightning.share_threads(num_processes)
         return function(*args, **kwargs)
     except BaseException as error:
         job.failed = True
-        lost = job.lost(_DEATH_S, any_code=True) if internals.is_lost_connection(error) else None
+        lost = job.lost(_DEATH_S, any_code=True) if of_torch.is_lost_connection(error) else None
         if lost is None:
             raise
         raise RunFailedError("error", f"{lost}; what it printed stands above") from error

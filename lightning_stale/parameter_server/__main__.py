@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 
-from lightning_stale.parameter_server.watchdog import end_with
+from lightning_stale.lifeline import end_with
 
 # What is sent to the whole group, by Ctrl-C, a terminal that closes or SLURM: rank 0 decides when this ends.
 for _signal in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
@@ -26,12 +26,16 @@ import pickle
 import torch
 from torch import Tensor
 
-from lightning_stale.parameter_server.memory import SharedMemoryError
+from lightning_stale.coordinator.coordinator import Coordinator
+from lightning_stale.coordinator.service import Service
+from lightning_stale.events import Recorder
+from lightning_stale.events.stale_sync import StaleSyncCounts
 from lightning_stale.parameter_server.pickling import compute_on_cpu, load_optimizers
 from lightning_stale.parameter_server.process import Job
-from lightning_stale.parameter_server.server import ParameterServer
-from lightning_stale.parameter_server.socket import ServerSocket
+from lightning_stale.parameter_server.shard import Shard
 from lightning_stale.parameter_server.store import ParameterStore
+from lightning_stale.transport.memory import SharedMemoryError
+from lightning_stale.transport.sockets import ServerSocket
 
 
 def main() -> None:
@@ -58,11 +62,15 @@ def main() -> None:
     compute_on_cpu(optimizers)
     store.set_optimizers(optimizers)
     socket = ServerSocket(job.host, job.server_keys, job.worker_key)
-    server = ParameterServer(socket, store, layout, job.paradigm, job.world_size, job.folder)
+    counts = StaleSyncCounts(job.world_size, job.paradigm.thresholds)
+    recorder = Recorder(counts)
+    coordinator = Coordinator(job.world_size, job.paradigm, record=recorder.record)
+    service = Service(socket, coordinator, name="parameter server")
+    shard = Shard(service, store, layout, job.world_size, job.folder, counts, recorder.record)
     if job.snapshot is not None:
-        server.resume(job.snapshot)
+        shard.resume(job.snapshot)
     try:
-        server.prepare_segments(job.local_workers, report=lambda: print(file=answer, flush=True))
+        shard.prepare_segments(job.local_workers, report=lambda: print(file=answer, flush=True))
     except SharedMemoryError as error:
         print(" ".join(f"{type(error).__name__}: {error}".split()), file=answer, flush=True)
         raise
@@ -70,7 +78,7 @@ def main() -> None:
     print(socket.port, file=answer, flush=True)
     answer.close()
     try:
-        server.run(lifeline=sys.stdin.fileno(), orphaned=lambda: os.getppid() != _PARENT)
+        service.run(lifeline=sys.stdin.fileno(), orphaned=lambda: os.getppid() != _PARENT)
     finally:
         socket.close()
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_stale.parameter_server.layout import Layout
 from lightning_stale.parameter_server.options import Options, changed_options, read_options, write_options
+from lightning_stale.transport.layout import Layout
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from torch import Tensor
 from lightning_stale.failures import RunFailedError, describe
 from lightning_stale.launchers import ScriptLauncher, SummaryLauncher
 from lightning_stale.launchers.job import current_job, destroy_process_group
-from lightning_stale.strategies import internals
+from lightning_stale.private import of_lightning, of_torch
 from lightning_stale.strategies.buffers import Versioned, agree_on_buffers, agree_on_changed
 from lightning_stale.strategies.checks import (
     check_batch_norm,
@@ -142,7 +142,7 @@ class StaleStrategy(DDPStrategy):
             check_device(self.root_device)
             check_model(self.model, self._layer_sync is not None, self._steps_locally)
         super().setup(trainer)
-        self._undo_setup.append(internals.free_batches(trainer))
+        self._undo_setup.append(of_lightning.free_batches(trainer))
         if trainer.state.fn == TrainerFn.FITTING:
             if not self._steps_locally:
                 check_optimizers(self.optimizers)
@@ -155,7 +155,7 @@ class StaleStrategy(DDPStrategy):
     def configure_ddp(self) -> None:
         """Give all workers the same weights to start from, instead of wrapping the model."""
         assert self.model is not None
-        internals.broadcast_module(self.model)
+        of_lightning.broadcast_module(self.model)
 
     def teardown(self) -> None:
         """Undo :meth:`setup`."""
@@ -165,7 +165,7 @@ class StaleStrategy(DDPStrategy):
 
     def _add_meeting_points(self, trainer: Trainer) -> None:
         callback = MeetingPoints(self)
-        callbacks = internals.callbacks(trainer)
+        callbacks = of_lightning.callbacks(trainer)
         callbacks.insert(0, callback)
         self._undo_setup.append(lambda: callbacks.remove(callback))
 
@@ -192,7 +192,7 @@ class StaleStrategy(DDPStrategy):
         except RunFailedError as error:
             if error.kind == "sigterm":
                 received = self._require_trainer().received_sigterm  # by this rank itself, and passed on to the others
-                internals.note_sigterm(self._require_trainer())
+                of_lightning.note_sigterm(self._require_trainer())
                 raise SIGTERMException from (None if received else error)
             if error.kind == "interrupt":
                 raise KeyboardInterrupt from error
@@ -207,7 +207,7 @@ class StaleStrategy(DDPStrategy):
         try:
             yield
         except RuntimeError as error:
-            told = self._told() if internals.is_lost_connection(error) else None
+            told = self._told() if of_torch.is_lost_connection(error) else None
             if told is None or told.kind == "error":
                 raise
             self._guard(partial(_throw, told))
@@ -262,7 +262,7 @@ class StaleStrategy(DDPStrategy):
             module is not None
             and module._trainer is not None
             and module.trainer.training
-            and internals.current_hook(module) in _PER_BATCH_HOOKS
+            and of_lightning.current_hook(module) in _PER_BATCH_HOOKS
         )
 
 

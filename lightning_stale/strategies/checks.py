@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint, Timer
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from lightning_stale.strategies import internals
+from lightning_stale.private import of_lightning
 
 
 def check_trainer(trainer: Trainer) -> None:
@@ -21,16 +21,16 @@ def check_trainer(trainer: Trainer) -> None:
         MisconfigurationException: names the argument, and the one to use.
     """
     if any(
-        isinstance(callback, Timer) and internals.limits_time_by_batch(callback)
-        for callback in internals.callbacks(trainer)
+        isinstance(callback, Timer) and of_lightning.limits_time_by_batch(callback)
+        for callback in of_lightning.callbacks(trainer)
     ):
         raise MisconfigurationException(
             "Trainer(max_time=...) and the Timer callback make all workers meet at every batch, which bounded "
             "staleness is there to avoid: write Trainer(callbacks=[Timer(duration, interval='epoch')]), which ends "
             "training at the end of an epoch, Trainer(max_steps=...) or Trainer(max_epochs=...)"
         )
-    for callback in internals.callbacks(trainer):
-        if isinstance(callback, ModelCheckpoint) and internals.saves_by_time(callback):
+    for callback in of_lightning.callbacks(trainer):
+        if isinstance(callback, ModelCheckpoint) and of_lightning.saves_by_time(callback):
             raise MisconfigurationException(
                 "ModelCheckpoint(train_time_interval=...) makes all workers meet at every batch: write "
                 "ModelCheckpoint(every_n_train_steps=...) or ModelCheckpoint(every_n_epochs=...)"
@@ -41,7 +41,7 @@ def check_trainer(trainer: Trainer) -> None:
                 "that it started with are known elsewhere: give it all parameters in configure_optimizers(), and set "
                 "requires_grad=False until they are to learn"
             )
-    if internals.validates_by_time(trainer):
+    if of_lightning.validates_by_time(trainer):
         raise MisconfigurationException(
             "a val_check_interval in time lets the workers start validation at different batches, and they wait for "
             "each other for ever: write a number of batches or a fraction of the epoch, e.g. val_check_interval=0.5"
@@ -59,7 +59,7 @@ def check_notebook(works: bool, strategy: str, name: str) -> None:
     Raises:
         MisconfigurationException: with the name.
     """
-    if internals.in_notebook() and not works:
+    if of_lightning.in_notebook() and not works:
         raise MisconfigurationException(
             f"a notebook has no script that further processes could run: write Trainer(strategy={name!r}), or with "
             f"options {strategy}(..., start_method='fork'), before anything in it uses a GPU; or Trainer(devices=1)"

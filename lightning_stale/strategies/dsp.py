@@ -19,17 +19,23 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
+from lightning_stale.pipeline.block import Block
+from lightning_stale.pipeline.channels.links import Links, destroy_mesh, stage_mesh
 from lightning_stale.pipeline.clipping import clip_per_block
-from lightning_stale.pipeline.forward import CutForward
-from lightning_stale.pipeline.links import Links, destroy_mesh, stage_mesh
-from lightning_stale.pipeline.ownership import constant_names, own_names, tensors_named
-from lightning_stale.pipeline.partition import count_parameters
+from lightning_stale.pipeline.divided.ownership import constant_names, own_names
+from lightning_stale.pipeline.divided.tensors import tensors_named
+from lightning_stale.pipeline.partition.body import outside, positional
+from lightning_stale.pipeline.partition.costs import count_parameters
+from lightning_stale.pipeline.partition.disjoint import check_disjoint
+from lightning_stale.pipeline.partition.model import Split
 from lightning_stale.pipeline.pipeline import Pipeline
-from lightning_stale.pipeline.stage import Block, Stage, check_disjoint, tensors
+from lightning_stale.pipeline.replaced_forward import ReplacedForward
+from lightning_stale.pipeline.stage import Stage
 from lightning_stale.pipeline.staleness import Staleness
-from lightning_stale.strategies import internals
+from lightning_stale.pipeline.values.trees import tensors
+from lightning_stale.private import of_lightning
 from lightning_stale.strategies.alike import Alike
-from lightning_stale.strategies.cut import Split, cut_model, outside, positional
+from lightning_stale.strategies.partitioning import partition
 from lightning_stale.strategies.predictions import share_predictions
 from lightning_stale.strategies.relay import MetricsRelay
 from lightning_stale.strategies.whole_model import Whole, WholeModelStrategy
@@ -129,9 +135,9 @@ class DSPStrategy(WholeModelStrategy):
         super().setup_environment()
         trainer = self._require_trainer()
         self._alike = Alike(self)
-        self._undo_setup.append(internals.use_samplers_as_they_are(trainer))
-        self._undo_setup.append(internals.before_loading(trainer, self._before_loading))
-        self._undo_setup.append(internals.before_fetching(trainer, self._before_fetching))
+        self._undo_setup.append(of_lightning.use_samplers_as_they_are(trainer))
+        self._undo_setup.append(of_lightning.before_loading(trainer, self._before_loading))
+        self._undo_setup.append(of_lightning.before_fetching(trainer, self._before_fetching))
 
     def _before_loading(self) -> None:
         """Meet before validation puts the model in eval mode (what is left is training), and let all draw alike."""
@@ -166,7 +172,7 @@ class DSPStrategy(WholeModelStrategy):
         self._alike.agree()
         super().setup(trainer)
         self._cut(trainer)
-        callbacks, relay = internals.callbacks(trainer), MetricsRelay(self.meet, self._end_evaluation)
+        callbacks, relay = of_lightning.callbacks(trainer), MetricsRelay(self.meet, self._end_evaluation)
         callbacks.insert(int(fitting), relay)  # after MeetingPoints
         self._undo_setup.append(lambda: callbacks.remove(relay))
         if fitting:
@@ -247,8 +253,8 @@ class DSPStrategy(WholeModelStrategy):
             ],
         }
         arguments = positional(owner)
-        run = internals.not_compiled(lambda *args, **kwargs: self._forward(arguments(*args, **kwargs)))
-        self._undo_setup.append(internals.replace_forward(module, owner, CutForward(owner, run)))
+        run = of_lightning.not_compiled(lambda *args, **kwargs: self._forward(arguments(*args, **kwargs)))
+        self._undo_setup.append(of_lightning.replace_forward(module, owner, ReplacedForward(owner, run)))
         if self.world_size > 1:
             trained = self.optimizers if trainer.state.fn == TrainerFn.FITTING else []  # or left from the last fit
             self._divide(trainer, trained)
@@ -259,7 +265,7 @@ class DSPStrategy(WholeModelStrategy):
     def _cut_once(self, trainer: Trainer) -> nn.Module:
         """Return the module that the blocks replace."""
         if self._owner is None:
-            self._owner, self._blocks = cut_model(trainer, self._count, self.module, self.split)
+            self._owner, self._blocks = partition(trainer, self._count, self.module, self.split)
         return self._owner
 
     def _own(self) -> tuple[list[set[str]], set[str]]:
@@ -331,7 +337,7 @@ class DSPStrategy(WholeModelStrategy):
             )
         if self._calls is not None:
             self._calls += 1
-        if training and not internals.skips_backward(trainer):
+        if training and not of_lightning.skips_backward(trainer):
             if any(tensor.requires_grad for tensor in tensors(features)):
                 raise MisconfigurationException(
                     "what training_step computes before the module that was cut has parameters to train, which no "
@@ -430,7 +436,7 @@ class DSPStrategy(WholeModelStrategy):
 
     def _warn_of_gradients(self) -> None:
         assert self.lightning_module is not None
-        if self.world_size > 1 and internals.logs_in(self.lightning_module.trainer, _GRADIENT_HOOKS):
+        if self.world_size > 1 and of_lightning.logs_in(self.lightning_module.trainer, _GRADIENT_HOOKS):
             rank_zero_warn(
                 f"what {' and '.join(_GRADIENT_HOOKS)} log of gradients, such as their norm, is that of the last stage "
                 "alone: the gradients of the others are on other ranks. DSPStrategy(stages="

@@ -16,10 +16,10 @@ from torch.optim import Optimizer
 from lightning_stale.averaging.merge import MERGES
 from lightning_stale.averaging.reducer import ProcessGroupReducer
 from lightning_stale.averaging.rounds import Interval, Rounds
-from lightning_stale.groups import FOREVER, break_off, destroy, new_group
 from lightning_stale.strategies.exchange import unique_parameters
 from lightning_stale.strategies.peers import PeerStrategy
 from lightning_stale.strategies.places import Places
+from lightning_stale.transport.groups import FOREVER, break_off, destroy, new_group
 
 CHECKPOINT_KEY = "lightning_stale_hpsgd"
 OuterOptimizer = Callable[[list[torch.nn.Parameter]], Optimizer]

@@ -11,8 +11,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_stale.failures import RunFailedError, describe
 from lightning_stale.health import Health
+from lightning_stale.private import of_torch
 from lightning_stale.roll_call import RollCall
-from lightning_stale.strategies import internals
 from lightning_stale.strategies.base import StaleStrategy
 
 _T = TypeVar("_T")
@@ -28,7 +28,7 @@ class PeerStrategy(StaleStrategy):
 
     def _start_health(self) -> Health:
         prefix = f"lightning_stale/{self.broadcast(uuid.uuid4().hex)}"
-        store = internals.rendezvous_store()
+        store = of_torch.rendezvous_store()
         self._health = Health(store, prefix, self.global_rank, self.world_size, _PATIENCE_S, self._check_signals)
         self._roll_call = RollCall(self._health, self.global_rank, self.world_size)
         atexit.register(self._end_health)
@@ -47,7 +47,7 @@ class PeerStrategy(StaleStrategy):
             try:
                 return call()
             except RuntimeError as error:
-                if self._health is not None and internals.is_lost_connection(error):
+                if self._health is not None and of_torch.is_lost_connection(error):
                     self._health.blame()
                 raise
 
@@ -76,7 +76,7 @@ class PeerStrategy(StaleStrategy):
             return
         self._reported = exception
         try:
-            if internals.is_lost_connection(exception):
+            if of_torch.is_lost_connection(exception):
                 self._health.blame()
             first = self._health.failure
         except RunFailedError as error:

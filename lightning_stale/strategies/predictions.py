@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from lightning_stale.strategies import internals
+from lightning_stale.private import of_lightning
 
 
 def share_predictions(trainer: Trainer) -> list[Callable[[], Any]]:
@@ -31,7 +31,7 @@ def share_predictions(trainer: Trainer) -> list[Callable[[], Any]]:
 
     loop.run = run_and_share  # type: ignore[method-assign]
     undo: list[Callable[[], Any]] = [partial(loop.__dict__.pop, "run", None)]
-    for callback in internals.callbacks(trainer) if not trainer.is_global_zero else ():
+    for callback in of_lightning.callbacks(trainer) if not trainer.is_global_zero else ():
         if isinstance(callback, BasePredictionWriter):
             for name in ("write_on_batch_end", "write_on_epoch_end"):
                 setattr(callback, name, _write_nothing)

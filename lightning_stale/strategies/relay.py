@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_stale.strategies import internals
+from lightning_stale.private import of_lightning
 
 
 class MetricsRelay(Callback):
@@ -25,7 +25,7 @@ class MetricsRelay(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Drain for a checkpoint first: a stage that still waits for gradients would be missing in a collective."""
-        if any(internals.saves_now(callback, trainer) for callback in internals.callbacks(trainer)):
+        if any(of_lightning.saves_now(callback, trainer) for callback in of_lightning.callbacks(trainer)):
             self._meet("a checkpoint")
             self._relay(trainer)
 

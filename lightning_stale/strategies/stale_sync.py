@@ -14,25 +14,20 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
+from lightning_stale.coordinator.connection import CONNECT_TIMEOUT_S, ServerLostError
 from lightning_stale.failures import RunFailedError, describe
 from lightning_stale.paradigms import PARADIGMS, Paradigm, as_paradigm
-from lightning_stale.parameter_server import address, memory, secret
-from lightning_stale.parameter_server.client import (
-    CONNECT_TIMEOUT_S,
-    ParameterClient,
-    Release,
-    ServerLostError,
-    Transport,
-)
-from lightning_stale.parameter_server.credentials import Credentials
-from lightning_stale.parameter_server.endpoint import Endpoint
-from lightning_stale.parameter_server.introduction import Introduction
-from lightning_stale.parameter_server.layout import Layout
+from lightning_stale.parameter_server.client import ParameterClient, Release, Transport
 from lightning_stale.parameter_server.process import ServerProcess
-from lightning_stale.parameter_server.wire import WireError
-from lightning_stale.strategies import internals
+from lightning_stale.private import of_torch
 from lightning_stale.strategies.base import StaleStrategy
 from lightning_stale.strategies.exchange import Exchange, unique_parameters
+from lightning_stale.transport import address, memory, secret
+from lightning_stale.transport.credentials import Credentials
+from lightning_stale.transport.endpoint import Endpoint
+from lightning_stale.transport.introduction import Introduction
+from lightning_stale.transport.layout import Layout
+from lightning_stale.transport.wire import WireError
 
 CHECKPOINT_KEY = "lightning_stale"
 _T = TypeVar("_T")
@@ -327,7 +322,7 @@ class StaleSyncStrategy(StaleStrategy):
     def _share_endpoint(self) -> tuple[Endpoint, Credentials]:
         run = self.broadcast(uuid.uuid4().hex)
         self._introduction = Introduction(
-            internals.rendezvous_store(), run, self.global_rank, others=self.world_size - 1
+            of_torch.rendezvous_store(), run, self.global_rank, others=self.world_size - 1
         )
         if self.is_global_zero:
             return self._introduction.offer(self._start_server)

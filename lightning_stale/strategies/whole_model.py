@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from lightning_stale.pipeline import pieces
-from lightning_stale.pipeline.meta import assign, initialize, on_meta
-from lightning_stale.pipeline.ownership import move, tensors_of, without_meta
-from lightning_stale.pipeline.part import Part, give
-from lightning_stale.strategies import internals
+from lightning_stale.pipeline.divided import piecewise
+from lightning_stale.pipeline.divided.division import Division, give
+from lightning_stale.pipeline.divided.meta_device import assign, initialize, on_meta
+from lightning_stale.pipeline.divided.tensors import move, tensors_of, without_meta
+from lightning_stale.private import of_lightning
 from lightning_stale.strategies.replica import SingleReplicaStrategy
 
 Whole = Literal["rank0", "all"]
@@ -52,7 +52,7 @@ class WholeModelStrategy(SingleReplicaStrategy):
                 "their part) or 'all'"
             )
         self.gather = gather
-        self._part: Part | None = None
+        self._part: Division | None = None
         self._mapped: set[int] = set()  # ids of the tensors that lie in the file of a checkpoint
         self._values: Mapping[str, Tensor] | None = None  # of the checkpoint that is being made, on rank 0
 
@@ -83,8 +83,8 @@ class WholeModelStrategy(SingleReplicaStrategy):
         give(module, kept, self.global_rank, self.root_device, self._spread)
         self._leave_file(module, kept[self.global_rank])
         move(module, kept[self.global_rank], self.root_device)
-        internals.note_device(module, self.root_device)
-        self._undo_setup.append(internals.skip_broadcast(module))
+        of_lightning.note_device(module, self.root_device)
+        self._undo_setup.append(of_lightning.skip_broadcast(module))
 
     def _see_to_values(self, module: nn.Module) -> None:
         """See that rank 0's model has values; of the others', what they own comes from there."""
@@ -122,8 +122,8 @@ class WholeModelStrategy(SingleReplicaStrategy):
         """Take the other ranks' parts out of memory."""
         module = trainer.lightning_module
         own, readable = self._own()
-        averages = internals.averaged_models(trainer)
-        self._part = Part(
+        averages = of_lightning.averaged_models(trainer)
+        self._part = Division(
             module,
             own,
             readable,
@@ -144,7 +144,7 @@ class WholeModelStrategy(SingleReplicaStrategy):
         Raises:
             MisconfigurationException: names the callback and the cure.
         """
-        for callback in internals.callbacks(trainer) if self.world_size > 1 else ():
+        for callback in of_lightning.callbacks(trainer) if self.world_size > 1 else ():
             name = type(callback).__name__
             if isinstance(callback, StochasticWeightAveraging):
                 raise MisconfigurationException(
@@ -161,14 +161,14 @@ class WholeModelStrategy(SingleReplicaStrategy):
     # --- moving values ----------------------------------------------------------------------------------------------
 
     def _gather_at_first(self, value: Any) -> list[Any] | None:
-        packed = pieces.Packed(value if self.global_rank > 0 else None)
+        packed = piecewise.Packed(value if self.global_rank > 0 else None)
         with self._all_ranks():
-            return self._guard(lambda: pieces.gather(packed, value, self.root_device))
+            return self._guard(lambda: piecewise.gather(packed, value, self.root_device))
 
     def _spread(self, values: list[Any] | None) -> Any:
-        packed = [pieces.Packed(value) for value in values or ()]
+        packed = [piecewise.Packed(value) for value in values or ()]
         with self._all_ranks():
-            return self._guard(lambda: pieces.spread(packed, values, self.root_device))
+            return self._guard(lambda: piecewise.spread(packed, values, self.root_device))
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -220,7 +220,7 @@ class WholeModelStrategy(SingleReplicaStrategy):
         completed = dict(checkpoint)
         for entry, value in checkpoint.items():
             try:
-                packed = pieces.Packed(value)
+                packed = piecewise.Packed(value)
             except (pickle.PicklingError, AttributeError, TypeError):
                 continue  # not for this way of writing, or its error
             if not any(tensor.is_meta for tensor in packed.tensors):

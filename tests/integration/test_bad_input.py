@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer
 from torch import Tensor, nn
 
 from lightning_stale import DSSP, SSP, StaleSyncStrategy
-from lightning_stale.parameter_server import memory
+from lightning_stale.transport import memory
 from tests.integration.harness import Worker, run_script, run_workers, workers
 from tests.integration.models import Regression, assert_same, loader, trainer, weights
 

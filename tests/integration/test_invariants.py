@@ -213,6 +213,6 @@ def test_no_collective_is_left_in_a_training_batch(tmp_path: Path) -> None:
     """Fails when a Lightning release adds one; ``ddp`` shows that the counter sees those that there are."""
     for found in run_workers(count_collectives, 2, tmp_path, ["ddp", "asp", "dssp", "bsp"], tmp_path):
         count, names = found.pop("ddp")
-        assert names == {"broadcast"}  # Lightning's own, of a SIGTERM; if it is gone, so can be internals.free_batches
+        assert names == {"broadcast"}  # Lightning's own, of a SIGTERM; once gone, free_batches can go too
         assert count >= 2 * (STEPS - 1)  # that one, and the gradients of each batch
         assert found == {name: (0, set()) for name in ("asp", "dssp", "bsp")}

@@ -15,7 +15,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from torch import Tensor
 
 from lightning_stale import DSSP, StaleSyncStrategy
-from lightning_stale.parameter_server.secret import SecretError
+from lightning_stale.transport.secret import SecretError
 from tests.integration.harness import free_port, run_script, run_workers, script
 from tests.integration.models import Regression, assert_same, loader, trainer, weights
 

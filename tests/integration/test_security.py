@@ -23,11 +23,11 @@ from zmq.utils import z85
 
 import lightning_stale.parameter_server
 from lightning_stale import StaleSyncStrategy
-from lightning_stale.parameter_server import wire
-from lightning_stale.parameter_server.credentials import Credentials
-from lightning_stale.parameter_server.endpoint import Endpoint
-from lightning_stale.parameter_server.socket import KeyPair
-from lightning_stale.strategies.internals import rendezvous_store
+from lightning_stale.private.of_torch import rendezvous_store
+from lightning_stale.transport import wire
+from lightning_stale.transport.credentials import Credentials
+from lightning_stale.transport.endpoint import Endpoint
+from lightning_stale.transport.sockets import KeyPair
 from tests.integration.harness import signal_test, wait_for_file, workers
 from tests.integration.models import Regression, assert_same, loader, trainer, weights
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lightning_stale.parameter_server import address
+from lightning_stale.transport import address
 
 
 @pytest.mark.parametrize(

@@ -264,7 +264,7 @@ def test_bad_arguments_of_the_strategy(arguments: dict[str, Any], error: type[Ex
 
 
 def test_shared_memory_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_stale.parameter_server.memory.supported", lambda: False)
+    monkeypatch.setattr("lightning_stale.transport.memory.supported", lambda: False)
     with pytest.raises(ValueError, match="transport='shm' needs Linux: write transport='auto' or 'tcp'"):
         StaleSyncStrategy(transport="shm")
     assert StaleSyncStrategy(transport="auto").transport == "auto"

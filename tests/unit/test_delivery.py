@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_stale.parameter_server import wire
-from lightning_stale.parameter_server.delivery import WINDOW, Deliveries
+from lightning_stale.transport import wire
+from lightning_stale.transport.delivery import WINDOW, Deliveries
 
 CHUNK = 16
 

@@ -14,8 +14,8 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch import Tensor, nn
 
-from lightning_stale.parameter_server.layout import Layout
 from lightning_stale.strategies.exchange import Exchange, unique_parameters
+from lightning_stale.transport.layout import Layout
 
 
 class FakeClient:

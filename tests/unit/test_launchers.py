@@ -7,7 +7,6 @@ import os
 import pickle
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -26,7 +25,8 @@ from omegaconf import OmegaConf
 
 from lightning_stale import StaleSyncStrategy, hydra_job
 from lightning_stale.failures import RunFailedError
-from lightning_stale.launchers import ScriptLauncher, command, internals, job
+from lightning_stale.launchers import ScriptLauncher, command, job
+from lightning_stale.private import of_hydra, of_lightning, of_torch
 
 
 class Color(Enum):
@@ -64,7 +64,7 @@ def test_the_config_is_saved_with_its_types_and_logs_to_the_console(app: Any, tm
     assert loaded.choice == "unit"
     assert list(loaded.hydra.job_logging.handlers) == ["console"]
     assert loaded.hydra.job_logging.root.handlers == ["console"]
-    assert "file" in internals.whole_config().hydra.job_logging.handlers
+    assert "file" in of_hydra.whole_config().hydra.job_logging.handlers
 
 
 def test_classes_that_joblib_has_copied_are_saved_by_their_names(
@@ -138,7 +138,7 @@ def test_a_rank_that_does_not_end_is_killed(app: Any, monkeypatch: pytest.Monkey
 def test_a_rank_that_has_died_leaves_no_other_one_in_a_collective(app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job, "_PATIENCE_S", 0.0)
     aborted: list[bool] = []
-    monkeypatch.setattr(internals, "abort_collectives", lambda: aborted.append(True))
+    monkeypatch.setattr(of_torch, "abort_collectives", lambda: aborted.append(True))
     current = job.Job()
     current._ranks = {
         rank: subprocess.Popen([sys.executable, "-c", f"import time; {body}"])
@@ -149,31 +149,17 @@ def test_a_rank_that_has_died_leaves_no_other_one_in_a_collective(app: Any, monk
     assert aborted
 
 
-def test_a_process_ends_with_its_parent() -> None:
-    child = "from lightning_stale.launchers.lifeline import end_with; import os, time; end_with(os.getppid(), 0.0);"
-    parent = (
-        "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', "
-        f'"{child} print(os.getpid(), flush=True); time.sleep(600)"], stdout=subprocess.PIPE);'
-        "print(p.stdout.readline().decode(), flush=True)"
-    )
-    pid = int(subprocess.run([sys.executable, "-c", parent], capture_output=True, check=True, timeout=60).stdout)
-    deadline = time.monotonic() + 20
-    while Path(f"/proc/{pid}").exists() and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 # --- the seams in Lightning -------------------------------------------------------------------------------------------
 
 
 def test_lightnings_launch_is_replaced_for_a_while() -> None:
     calls: list[Any] = []
-    undo = internals.replace_launch(lambda launcher, function, **_: calls.append(launcher))
+    undo = of_lightning.replace_launch(lambda launcher, function, **_: calls.append(launcher))
     trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False)
     trainer.strategy.launcher.launch(print, trainer=trainer)  # type: ignore[union-attr]
     undo()
     assert calls == [trainer.strategy.launcher]
-    assert _SubprocessScriptLauncher.launch is internals.lightnings_launch
+    assert _SubprocessScriptLauncher.launch is of_lightning.lightnings_launch
 
 
 def test_our_strategies_have_a_launcher_of_their_own() -> None:
@@ -186,7 +172,7 @@ def test_our_strategies_have_a_launcher_of_their_own() -> None:
 def test_the_environment_is_the_one_that_lightning_announces(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
     announced = []
-    for announce in (internals.announce, _SubprocessScriptLauncher._call_children_scripts):
+    for announce in (of_lightning.announce, _SubprocessScriptLauncher._call_children_scripts):
         for name in names:
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: None)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_stale.parameter_server.layout import ALIGNMENT, Layout
+from lightning_stale.transport.layout import ALIGNMENT, Layout
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool, torch.complex64]
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_stale.parameter_server import memory
-from lightning_stale.parameter_server.memory import SharedMemoryError, choose_folder, create_segment, open_segment
+from lightning_stale.transport import memory
+from lightning_stale.transport.memory import SharedMemoryError, choose_folder, create_segment, open_segment
 
 MIB = 2**20
 needs_proc = pytest.mark.skipif(not memory.supported(), reason="shared memory needs Linux")

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_stale.parameter_server.parcel import pack, unpack
-from lightning_stale.parameter_server.wire import WireError
+from lightning_stale.transport.parcel import pack, unpack
+from lightning_stale.transport.wire import WireError
 
 moderate = settings(max_examples=150)
 plain = st.one_of(

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from lightning_stale.parameter_server import secret
-from lightning_stale.parameter_server.credentials import Credentials, ForgedError
-from lightning_stale.parameter_server.endpoint import Endpoint
-from lightning_stale.parameter_server.introduction import Introduction, ServerUnavailableError
-from lightning_stale.parameter_server.layout import Layout
-from lightning_stale.parameter_server.secret import SecretError, SecretFile
+from lightning_stale.transport import secret
+from lightning_stale.transport.credentials import Credentials, ForgedError
+from lightning_stale.transport.endpoint import Endpoint
+from lightning_stale.transport.introduction import Introduction, ServerUnavailableError
+from lightning_stale.transport.layout import Layout
+from lightning_stale.transport.secret import SecretError, SecretFile
 
 LAYOUT = Layout.of([torch.zeros(2, 3), torch.zeros(4, 5).t(), torch.zeros(())])
 PLAIN_LAYOUT = json.loads(json.dumps(LAYOUT.to_message()))  # as it arrives

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_stale.parameter_server.layout import Layout
 from lightning_stale.parameter_server.options import read_options
 from lightning_stale.parameter_server.store import ParameterStore, Push
+from lightning_stale.transport.layout import Layout
 
 SHAPES = [(3, 2), (4,), (2, 2)]
 MakeOptimizer = Callable[[Sequence[Tensor]], Optimizer]

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from lightning_stale.parameter_server import wire
-from lightning_stale.parameter_server.wire import SCHEMA, WireError, decode_message, encode_message
+from lightning_stale.transport import wire
+from lightning_stale.transport.wire import SCHEMA, WireError, decode_message, encode_message
 
 moderate = settings(max_examples=150)
 

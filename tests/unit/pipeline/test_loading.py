@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_stale import DSPStrategy
-from lightning_stale.strategies import internals
+from lightning_stale.private import of_lightning
 from lightning_stale.strategies.alike import Alike
 from tests.integration.models import assert_same, trainer, weights
 from tests.unit.pipeline.networks import Chain, batches
@@ -214,16 +214,16 @@ def test_workers_are_seeded_as_those_of_rank_0(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("PL_SEED_WORKERS", "1")
     for given in (None, pl_worker_init_function, partial(pl_worker_init_function, rank=1)):  # the last is Lightning's
         loader = DataLoader(data, worker_init_fn=given)
-        undo = internals.seed_workers_alike(loader)
+        undo = of_lightning.seed_workers_alike(loader)
         assert isinstance(loader.worker_init_fn, partial)
         assert loader.worker_init_fn.func is pl_worker_init_function
         assert loader.worker_init_fn.keywords == {"rank": 0}
         undo()
         assert loader.worker_init_fn is given
     own = DataLoader(data, worker_init_fn=print)
-    internals.seed_workers_alike(own)
+    of_lightning.seed_workers_alike(own)
     assert own.worker_init_fn is print
     monkeypatch.setenv("PL_SEED_WORKERS", "0")
     unseeded = DataLoader(data)
-    internals.seed_workers_alike(unseeded)
+    of_lightning.seed_workers_alike(unseeded)
     assert unseeded.worker_init_fn is None

@@ -1,0 +1,1 @@
+"""How bytes move: keys, messages, shared memory, streams and process groups."""
