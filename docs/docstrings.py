@@ -27,9 +27,11 @@ def as_markdown(docstring: str, returns: str = "") -> str:
     """Return ``docstring`` in Markdown.
 
     Args:
-        docstring: with ``:class:`~package.Name```, which becomes ``Name``, and ``Example::``, which becomes the code.
+        docstring: with ``:class:`~package.Name```, which becomes ``Name``, and ``Example::``, which becomes the code;
+            of a further ``::`` one colon stays.
         returns: the type of what is returned: code at the beginning of that section would be taken for it.
     """
     plain = _ROLE.sub(lambda role: f"`{role[2].rpartition('.')[2] if role[1] else role[2]}`", docstring)
     typed = _RETURNS.sub(lambda found: f"{found[1]}{returns}: ", plain)
-    return _EXAMPLE.sub(lambda found: f"**Example**\n\n```python\n{textwrap.dedent(found[1]).strip()}\n```\n", typed)
+    shown = _EXAMPLE.sub(lambda found: f"**Example**\n\n```python\n{textwrap.dedent(found[1]).strip()}\n```\n", typed)
+    return re.sub(r"::$", ":", shown, flags=re.MULTILINE)

@@ -174,10 +174,10 @@ def test_links(page: Path) -> None:
 def test_docstrings_become_markdown() -> None:
     """Of Google's style with Sphinx's words, as they are in the package."""
     docstring = (
-        "See :class:`~a.b.C` and :meth:`d`.\n\nReturns:\n    ``{1: 2}``: all.\n\nExample::\n\n    >>> 1\n    1\n"
+        "See :class:`~a.b.C` and :meth:`d`::\n\nReturns:\n    ``{1: 2}``: all.\n\nExample::\n\n    >>> 1\n    1\n"
     )
     assert as_markdown(docstring, "dict[int, int]") == (
-        "See `C` and `d`.\n\nReturns:\n    dict[int, int]: ``{1: 2}``: all.\n\n"
+        "See `C` and `d`:\n\nReturns:\n    dict[int, int]: ``{1: 2}``: all.\n\n"
         "**Example**\n\n```python\n>>> 1\n1\n```\n"
     )
 
