@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_stale.failures import RunFailedError, describe
 from lightning_stale.paradigms import PARADIGMS, Paradigm, as_paradigm
+from lightning_stale.parameter_server.apply import ApplyRule, Plain, as_apply_rule
 from lightning_stale.parameter_server.client import (
     CONNECT_TIMEOUT_S,
     ParameterClient,
@@ -50,13 +51,17 @@ class StaleSyncStrategy(StaleStrategy):
         paradigm: ``"bsp"``, ``"asp"``, ``"ssp"``, ``"dssp"``, or a paradigm such as ``SSP(threshold=5)``.
         transport: ``"auto"``: shared memory for workers on the server's host, TCP for others; ``"tcp"`` or ``"shm"``
             for all.
+        apply: how the server uses a gradient that was computed on older weights: ``"plain"`` (as it is),
+            ``"ringmaster"``, ``"delay-compensated"``, ``"dana"``, ``"scaled"``, or an
+            :class:`~lightning_stale.ApplyRule` such as ``Ringmaster(R=8)``.
         **kwargs: those of :class:`~lightning_stale.strategies.base.StaleStrategy`: ``start_method``,
             ``process_group_backend``, ``timeout``, ``accelerator``, ``cluster_environment``, ``checkpoint_io``,
             ``precision_plugin``.
 
     Raises:
-        ValueError: for an unknown paradigm or transport.
-        TypeError: for a paradigm that is neither a name nor a ``Paradigm``.
+        ValueError: for an unknown paradigm, transport or apply rule, or a rule with a paradigm that has no use for one
+            (``"bsp"``).
+        TypeError: for a paradigm that is neither a name nor a ``Paradigm``, and likewise for a rule.
 
     Example::
 
@@ -68,13 +73,21 @@ class StaleSyncStrategy(StaleStrategy):
         {'paradigm': 'DSSP(lower=3, upper=15, enforce_upper=True)', 'updates': 0, 'phases': [], 'workers': []}
     """
 
-    def __init__(self, *, paradigm: str | Paradigm = "dssp", transport: Transport = "auto", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        paradigm: str | Paradigm = "dssp",
+        transport: Transport = "auto",
+        apply: str | ApplyRule = "plain",
+        **kwargs: Any,
+    ) -> None:
         if transport not in ("auto", "shm", "tcp"):
             raise ValueError(f"transport={transport!r} is unknown: write 'auto', 'shm' or 'tcp'")
         if transport == "shm" and not memory.supported():
             raise ValueError("transport='shm' needs Linux: write transport='auto' or 'tcp'")
         super().__init__(**kwargs)
         self.paradigm = as_paradigm(paradigm)
+        self.apply = as_apply_rule(apply, self.paradigm.averages)
         names = [name for name, kind in PARADIGMS.items() if type(self.paradigm) is kind]
         self._registered = names[0] if names else "dssp"
         self.transport = transport
@@ -384,4 +397,5 @@ class StaleSyncStrategy(StaleStrategy):
         return self._client
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(paradigm={self.paradigm!r}, transport={self.transport!r})"
+        apply = "" if type(self.apply) is Plain else f", apply={self.apply!r}"
+        return f"{type(self).__name__}(paradigm={self.paradigm!r}, transport={self.transport!r}{apply})"
