@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 
 class DifferentPlacesError(RuntimeError):
@@ -12,44 +12,52 @@ class DifferentPlacesError(RuntimeError):
 class Meeting:
     """Collects workers until all have come.
 
-    Args:
-        world_size: the number of workers.
-
     Example::
 
-        >>> meeting = Meeting(world_size=2)
+        >>> from lightning_stale.coordinator.meetings import Meeting
+        >>> meeting = Meeting()
         >>> meeting.arrive(1, "validation", "step 4")
+        >>> meeting.open(awaited={0, 1})
         []
         >>> meeting.arrive(0, "validation", "step 4")
+        >>> meeting.open(awaited={0, 1})
         [0, 1]
     """
 
-    def __init__(self, world_size: int) -> None:
-        self._world_size = world_size
+    def __init__(self) -> None:
         self._places: dict[int, tuple[str, str]] = {}
 
-    def arrive(self, rank: int, place: str, detail: str) -> list[int]:
-        """Note that ``rank`` is at ``place``; return all ranks if it was the last, and nobody otherwise.
+    @property
+    def waiting(self) -> Collection[int]:
+        """Who has come."""
+        return self._places.keys()
+
+    def arrive(self, rank: int, place: str, detail: str) -> None:
+        """Note that ``rank`` is at ``place``; ``detail`` is what an error says besides."""
+        self._places[rank] = (place, detail)
+
+    def leave(self, rank: int) -> None:
+        """``rank`` is gone, wherever it was."""
+        self._places.pop(rank, None)
+
+    def open(self, awaited: Collection[int]) -> list[int]:
+        """Return all who have come if these are all who are ``awaited``, and nobody otherwise.
 
         Raises:
-            DifferentPlacesError: if it was the last and the places differ, with all places and details.
+            DifferentPlacesError: if all have come and the places differ, with all places and details.
         """
-        self._places[rank] = (place, detail)
-        if len(self._places) < self._world_size:
+        if not self._places or not self._places.keys() >= set(awaited):
             return []
         if len({place for place, _ in self._places.values()}) > 1:
-            raise DifferentPlacesError(self._describe())
+            raise DifferentPlacesError(different_places(self._places))
         ranks = sorted(self._places)
         self._places.clear()
         return ranks
 
-    def _describe(self) -> str:
-        return different_places({rank: f"{place} ({detail})" for rank, (place, detail) in self._places.items()})
 
-
-def different_places(places: Mapping[int, str]) -> str:
-    """Return what is wrong with ``places``, by rank, and the cure."""
-    described = "; ".join(f"rank {rank} is at {place}" for rank, place in sorted(places.items()))
+def different_places(places: Mapping[int, tuple[str, str]]) -> str:
+    """Return what is wrong with ``places`` (place and detail by rank), and the cure."""
+    described = "; ".join(f"rank {rank} is at {place} ({detail})" for rank, (place, detail) in sorted(places.items()))
     return (
         f"the workers met at different places: {described}. All ranks must come to the same ones: with different "
         "numbers of batches per rank, validate and save at the end of an epoch (val_check_interval=1.0, "

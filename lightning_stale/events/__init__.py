@@ -1,1 +1,40 @@
-"""What happened, and what is derived from it."""
+"""What happens in a run, as values, and the one place that is told of it; all counts are derived from these."""
+
+from __future__ import annotations
+
+from lightning_stale.events.kinds import (
+    Event,
+    Failed,
+    Joined,
+    Left,
+    Met,
+    Pushed,
+    Refused,
+    Released,
+    RoundEnded,
+    Spent,
+    StageRan,
+    Stepped,
+    ThresholdsSet,
+    Updated,
+)
+from lightning_stale.events.recorder import Reader, Recorder
+
+__all__ = [
+    "Event",
+    "Failed",
+    "Joined",
+    "Left",
+    "Met",
+    "Pushed",
+    "Reader",
+    "Recorder",
+    "Refused",
+    "Released",
+    "RoundEnded",
+    "Spent",
+    "StageRan",
+    "Stepped",
+    "ThresholdsSet",
+    "Updated",
+]

@@ -26,9 +26,13 @@ import pickle
 import torch
 from torch import Tensor
 
+from lightning_stale.coordinator.coordinator import Coordinator
+from lightning_stale.coordinator.service import Service
+from lightning_stale.events import Recorder
+from lightning_stale.events.stale_sync import StaleSyncCounts
 from lightning_stale.parameter_server.pickling import compute_on_cpu, load_optimizers
 from lightning_stale.parameter_server.process import Job
-from lightning_stale.parameter_server.server import ParameterServer
+from lightning_stale.parameter_server.shard import Shard
 from lightning_stale.parameter_server.store import ParameterStore
 from lightning_stale.transport.memory import SharedMemoryError
 from lightning_stale.transport.sockets import ServerSocket
@@ -49,7 +53,7 @@ def main() -> None:
     weights = torch.zeros(layout.nbytes, dtype=torch.uint8)
     for slot in layout.slots:
         _read_into(weights[slot.offset : slot.offset + slot.nbytes])
-    store = ParameterStore(weights, layout)
+    store = ParameterStore(weights, layout, job.apply)
     buffers = [torch.empty(nbytes, dtype=torch.uint8) for nbytes in job.buffers]
     for buffer in buffers:
         _read_into(buffer)
@@ -57,12 +61,17 @@ def main() -> None:
     del buffers
     compute_on_cpu(optimizers)
     store.set_optimizers(optimizers)
+    job.apply.begin(job.world_size, len(optimizers))
     socket = ServerSocket(job.host, job.server_keys, job.worker_key)
-    server = ParameterServer(socket, store, layout, job.paradigm, job.world_size, job.folder)
+    counts = StaleSyncCounts(job.world_size, job.paradigm.thresholds)
+    recorder = Recorder(counts)
+    coordinator = Coordinator(job.world_size, job.paradigm, record=recorder.record)
+    service = Service(socket, coordinator, name="parameter server")
+    shard = Shard(service, store, layout, job.world_size, job.folder, counts, recorder.record)
     if job.snapshot is not None:
-        server.resume(job.snapshot)
+        shard.resume(job.snapshot)
     try:
-        server.prepare_segments(job.local_workers, report=lambda: print(file=answer, flush=True))
+        shard.prepare_segments(job.local_workers, report=lambda: print(file=answer, flush=True))
     except SharedMemoryError as error:
         print(" ".join(f"{type(error).__name__}: {error}".split()), file=answer, flush=True)
         raise
@@ -70,7 +79,7 @@ def main() -> None:
     print(socket.port, file=answer, flush=True)
     answer.close()
     try:
-        server.run(lifeline=sys.stdin.fileno(), orphaned=lambda: os.getppid() != _PARENT)
+        service.run(lifeline=sys.stdin.fileno(), orphaned=lambda: os.getppid() != _PARENT)
     finally:
         socket.close()
 

@@ -58,14 +58,17 @@ class ParameterStore:
         weights: the flat buffer (``torch.uint8``) that ``layout`` describes.
         layout: of the parameters.
         rule: how a pushed gradient is applied; it has begun.
+
+    Attributes:
+        views: the weights, one tensor per slot, as plain tensors.
     """
 
     def __init__(self, weights: Tensor, layout: Layout, rule: ApplyRule | None = None) -> None:
         self.weights = weights
         self.rule = Plain() if rule is None else rule
         self.version = 0
-        self._views = layout.views(weights)
-        self._parameters = [torch.nn.Parameter(view, requires_grad=_may_learn(view)) for view in self._views]
+        self.views = layout.views(weights)
+        self._parameters = [torch.nn.Parameter(view, requires_grad=_may_learn(view)) for view in self.views]
         self.optimizers: list[Optimizer] = []
         self._places: list[list[int]] = []
         self._in_several: set[int] = set()  # the places that more than one optimizer has
@@ -121,7 +124,7 @@ class ParameterStore:
                 staleness=push.staleness,
                 places=places,
                 gradients=list(gradients.values()),
-                weights=[self._views[place] for place in places],
+                weights=[self.views[place] for place in places],
                 then=None if then is None else [then[place] for place in places],
             )
         )
@@ -139,11 +142,12 @@ class ParameterStore:
         return answer
 
     @torch.no_grad()
-    def apply_mean(self, pushes: Sequence[Push]) -> None:
+    def apply_mean(self, pushes: Sequence[Push]) -> bool:
         """Take one step per optimizer with the mean of the gradients of a round, in the order given (BSP)."""
         for index in sorted({push.optimizer for push in pushes}):
             same = [push for push in pushes if push.optimizer == index]
             self._step(same[0], self._means(index, same))
+        return True
 
     def _means(self, optimizer: int, pushes: Sequence[Push]) -> dict[int, Tensor]:
         means = {}
@@ -200,8 +204,8 @@ class ParameterStore:
         """Keep the weights in the buffer ``weights`` from now on."""
         weights.copy_(self.weights)
         self.weights = weights
-        self._views = layout.views(weights)
-        for parameter, view in zip(self._parameters, self._views, strict=True):
+        self.views = layout.views(weights)
+        for parameter, view in zip(self._parameters, self.views, strict=True):
             parameter.data = view
 
 

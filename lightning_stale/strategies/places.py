@@ -56,7 +56,7 @@ class Places:
             self._health.check()
         places = dict(enumerate(self._health.ask(self._read)))
         if _differ(places):
-            raise MisconfigurationException(different_places(places))
+            raise MisconfigurationException(different_places({rank: _parsed(place) for rank, place in places.items()}))
 
     def _count(self, store: Store) -> int:
         """Return how many have come: one request, as often as it is asked for."""
@@ -73,3 +73,8 @@ class Places:
 
 def _differ(places: dict[int, str]) -> bool:
     return len({place.rpartition(" (")[0] for place in places.values()}) > 1
+
+
+def _parsed(told: str) -> tuple[str, str]:
+    place, _, detail = told.rpartition(" (")
+    return place, detail.removesuffix(")")

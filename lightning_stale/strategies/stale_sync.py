@@ -14,16 +14,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
+from lightning_stale.coordinator.connection import CONNECT_TIMEOUT_S, ServerLostError
 from lightning_stale.failures import RunFailedError, describe
 from lightning_stale.paradigms import PARADIGMS, Paradigm, as_paradigm
 from lightning_stale.parameter_server.apply import ApplyRule, Plain, as_apply_rule
-from lightning_stale.parameter_server.client import (
-    CONNECT_TIMEOUT_S,
-    ParameterClient,
-    Release,
-    ServerLostError,
-    Transport,
-)
+from lightning_stale.parameter_server.apply.base import changed_rule_warning
+from lightning_stale.parameter_server.client import ParameterClient, Release, Transport
 from lightning_stale.parameter_server.process import ServerProcess
 from lightning_stale.private import of_torch
 from lightning_stale.strategies.base import StaleStrategy
@@ -69,8 +65,9 @@ class StaleSyncStrategy(StaleStrategy):
         >>> from lightning_stale import DSSP, StaleSyncStrategy
         >>> strategy = StaleSyncStrategy(paradigm=DSSP(lower=3, upper=15))
         >>> trainer = Trainer(accelerator="cpu", devices=1, strategy=strategy, logger=False, enable_checkpointing=False)
-        >>> trainer.strategy.summary()
-        {'paradigm': 'DSSP(lower=3, upper=15, enforce_upper=True)', 'updates': 0, 'phases': [], 'workers': []}
+        >>> trainer.strategy.summary()   # doctest: +NORMALIZE_WHITESPACE
+        {'paradigm': 'DSSP(lower=3, upper=15, enforce_upper=True)', 'apply': 'Plain()', 'updates': 0, 'phases': [],
+         'workers': []}
     """
 
     def __init__(
@@ -97,15 +94,22 @@ class StaleSyncStrategy(StaleStrategy):
         self._exchange: Exchange | None = None
         self._snapshot: Mapping[str, Any] | None = None  # of the checkpoint that fit resumes from
         self._last_snapshot: Mapping[str, Any] | None = None  # of the server when fit had ended
-        self._summary: dict[str, Any] = {"paradigm": repr(self.paradigm), "updates": 0, "phases": [], "workers": []}
+        self._summary: dict[str, Any] = {
+            "paradigm": repr(self.paradigm),
+            "apply": repr(self.apply),
+            "updates": 0,
+            "phases": [],
+            "workers": [],
+        }
 
     def summary(self) -> dict[str, Any]:
         """Return what was counted, on every rank, while ``fit`` runs and after it.
 
         Returns:
-            ``{"paradigm": str, "updates": int, "phases": [...], "workers": [...]}``: the paradigm as it is now, with a
-            dict per worker: ``rank``, ``pushes``, ``max_lead`` and ``mean_lead`` (clocks, at release),
-            ``max_staleness`` and ``mean_staleness`` (updates), ``wait_s`` and ``compute_s`` (seconds); and one per
+            ``{"paradigm": str, "apply": str, "updates": int, "phases": [...], "workers": [...]}``: paradigm and apply
+            rule as they are now, with a dict per worker: ``rank``, ``pushes``, ``refused`` (those that the rule did not
+            apply), ``max_lead`` and ``mean_lead`` (clocks, at release), ``max_staleness`` and ``mean_staleness``
+            (updates, of all pushes), ``wait_s`` and ``compute_s`` (seconds); and one per
             setting of the thresholds, see :meth:`set_thresholds`: ``thresholds``, ``since`` (the updates before it) and
             ``max_lead`` of all workers under it.
         """
@@ -162,8 +166,10 @@ class StaleSyncStrategy(StaleStrategy):
     def setup(self, trainer: Trainer) -> None:
         """Set up, and let the server process import what it needs meanwhile."""
         super().setup(trainer)
-        if trainer.state.fn == TrainerFn.FITTING and self.is_global_zero:
-            self._server = ServerProcess()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.apply.check(self.optimizers)
+            if self.is_global_zero:
+                self._server = ServerProcess()
 
     def on_train_start(self) -> None:
         """Let the server start and connect to it: weights, optimizers and clocks are final by now."""
@@ -213,8 +219,8 @@ class StaleSyncStrategy(StaleStrategy):
         client = self._require_client()
         if self.is_global_zero:  # which saves
             self._take_back_optimizers()
+            self._last_snapshot = client.snapshot()
         self.summary()
-        self._last_snapshot = client.snapshot()
         self._release_model()
         client.close(finished=True)
         self._client = None
@@ -334,6 +340,9 @@ class StaleSyncStrategy(StaleStrategy):
         """Load the state that the server will start from, and the clocks if there are any."""
         super().load_optimizer_state_dict(checkpoint)
         self._snapshot = checkpoint.get(CHECKPOINT_KEY)
+        warning = changed_rule_warning(self.apply, None if self._snapshot is None else self._snapshot.get("apply"))
+        if warning is not None:
+            rank_zero_warn(warning)
 
     # --- the server -------------------------------------------------------------------------------------------------
 
@@ -362,6 +371,7 @@ class StaleSyncStrategy(StaleStrategy):
             parameters,
             self.optimizers,
             self.paradigm,
+            self.apply,
             self.world_size,
             credentials,
             host=host,

@@ -42,13 +42,22 @@ SCHEMA: dict[str, dict[str, type | tuple[type, ...]]] = {
     "optimizer_state": {"optimizer": int},
     "snapshot": {},
     "summary": {},
+    "ping": {},  # what is known of failures by now comes before the answer
     "abort": {"kind": str, "text": str},
     "bye": {},
     # server -> worker
     "welcome": {"path": str, "token": bytes, "nbytes": int},
-    "released": {"version": int, "clock": int, "lead": int, "staleness": int, "nbytes": int},
+    "released": {
+        "version": int,
+        "clock": int,
+        "lead": int,
+        "staleness": int,
+        "applied": bool,  # whether the apply rule let the push be an update
+        "nbytes": int,
+    },
     "synced": {"version": int, "thresholds": dict, "nbytes": int},
     "reply": {"nbytes": int, "size": int, "head": int},  # of the parcel
+    "pong": {},
     "failed": {"kind": str, "text": str},
     "aborted": {"cause": str},  # the failure that came before, if any
 }

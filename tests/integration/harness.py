@@ -35,7 +35,7 @@ MARK = "LIGHTNING_STALE_TEST"
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["lightning_stale", "lightning_stale.parameter_server.server", "tests.integration.models"]
+    ["lightning_stale", "lightning_stale.parameter_server.shard", "tests.integration.models"]
 )
 
 

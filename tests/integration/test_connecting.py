@@ -13,9 +13,11 @@ import torch
 import zmq
 
 from lightning_stale import ASP
-from lightning_stale.parameter_server import client as client_module
-from lightning_stale.parameter_server.client import ParameterClient, ServerLostError
-from lightning_stale.parameter_server.process import ServerProcess, ServerStartError
+from lightning_stale.coordinator import connection
+from lightning_stale.coordinator.connection import ServerLostError
+from lightning_stale.coordinator.process import ServerStartError
+from lightning_stale.parameter_server.client import ParameterClient
+from lightning_stale.parameter_server.process import ServerProcess
 from lightning_stale.transport.credentials import Credentials
 from lightning_stale.transport.endpoint import Endpoint
 from lightning_stale.transport.layout import Layout
@@ -35,7 +37,7 @@ def interrupt() -> None:
 
 def fail_to_connect(rank: int) -> float:
     """Return the seconds that failing took, with the garbage collected: there pyzmq blocks on sockets left open."""
-    client_module.CONNECT_TIMEOUT_S = 0.5
+    connection.CONNECT_TIMEOUT_S = 0.5
     nobody = f"tcp://127.0.0.1:{free_port()}"
     started = time.monotonic()
     with pytest.raises(ServerLostError, match="has waited in vain for the parameter server"):

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_stale.coordinator import connection
 from lightning_stale.coordinator.watchdog import GRACE_S
-from lightning_stale.parameter_server import client as client_module
 from tests.integration.harness import ROOT, workers
 from tests.integration.models import Regression, loader, trainer
 
@@ -50,7 +50,7 @@ class WithHanging(Regression):
 
 
 def train(rank: int, folder: Path, locked: bool) -> None:
-    client_module.QUESTION_TIMEOUT_S = 2.0
+    connection.QUESTION_TIMEOUT_S = 2.0
     trainer(2, "asp", max_epochs=-1).fit(WithHanging(folder, locked), loader())
 
 

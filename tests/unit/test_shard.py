@@ -1,4 +1,4 @@
-"""The server's logic, driven message by message through a socket that only remembers what was sent."""
+"""Service, coordinator and shard, driven message by message through a socket that only remembers what was sent."""
 
 from __future__ import annotations
 
@@ -20,9 +20,14 @@ import zmq
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_stale.coordinator.coordinator import Coordinator
+from lightning_stale.coordinator.service import Service
+from lightning_stale.events import Recorder
+from lightning_stale.events.stale_sync import StaleSyncCounts
 from lightning_stale.paradigms import ASP, BSP, DSSP, SSP, Paradigm
+from lightning_stale.parameter_server.apply import ApplyRule
 from lightning_stale.parameter_server.options import read_options
-from lightning_stale.parameter_server.server import ParameterServer
+from lightning_stale.parameter_server.shard import Shard
 from lightning_stale.parameter_server.store import ParameterStore
 from lightning_stale.transport import memory, wire
 from lightning_stale.transport.layout import Layout
@@ -102,22 +107,27 @@ class Harness:
         world_size: int = 2,
         folder: str = "",
         make: Callable[[list[Tensor]], list[Optimizer]] = lambda p: [torch.optim.SGD(p, lr=LR)],
+        rule: ApplyRule | None = None,
+        values: list[Tensor] | None = None,
     ) -> None:
-        self.layout = Layout.of([torch.zeros(shape) for shape in SHAPES])
-        self.store = ParameterStore(torch.zeros(self.layout.nbytes, dtype=torch.uint8), self.layout)
+        values = values or [torch.zeros(shape) for shape in SHAPES]
+        self.layout = Layout.of(values)
+        self.store = ParameterStore(torch.zeros(self.layout.nbytes, dtype=torch.uint8), self.layout, rule)
+        self.store.set_weights(range(len(values)), values)
         self.store.set_optimizers(make(list(self.store.parameters)))
+        self.store.rule.begin(world_size, len(self.store.optimizers))
         self.socket = FakeSocket()
         self.time = 0.0
         self.paradigm = paradigm
-        self.server = ParameterServer(
+        counts = StaleSyncCounts(world_size, paradigm.thresholds)
+        recorder = Recorder(counts)
+        self.service = Service(
             self.socket,  # type: ignore[arg-type]
-            self.store,
-            self.layout,
-            paradigm,
-            world_size,
-            folder,
+            Coordinator(world_size, paradigm, record=recorder.record),
+            "parameter server",
             now=lambda: self.time,
         )
+        self.shard = Shard(self.service, self.store, self.layout, world_size, folder, counts, recorder.record)
         self.world_size = world_size
         self.segments: dict[int, Tensor] = {}
 
@@ -126,7 +136,7 @@ class Harness:
     def raw(self, rank: int, *frames: bytes) -> None:
         data = [FakeFrame(frame, connection_of(rank)) for frame in (identity_of(rank), *frames)]
         self.socket.router.incoming.append(data)
-        self.server._drain()
+        self.service.drain()
 
     def send(self, rank: int, kind: str, /, payload: bytes | None = None, **fields: Any) -> None:
         frames = [wire.encode_message(kind, **fields)]
@@ -144,8 +154,8 @@ class Harness:
     ) -> None:
         self.send(rank, "sync", place=place, detail=detail, pull=pull, **{"wait_s": 0.0, "compute_s": 0.0, **times})
 
-    def push(self, rank: int, value: float = 1.0, **fields: Any) -> None:
-        """Push gradients that are ``value`` everywhere."""
+    def push(self, rank: int, value: float | list[Tensor] = 1.0, **fields: Any) -> None:
+        """Push gradients that are ``value`` everywhere, or one for each parameter."""
         optimizer = fields.get("optimizer", 0)
         places = self.store.places(optimizer)
         message = {
@@ -159,19 +169,24 @@ class Harness:
             **fields,
         }
         if rank in self.segments:
-            for view in self.layout.views(self.segments[rank][: self.layout.nbytes]):
-                view.fill_(value)
+            self._write(self.segments[rank][: self.layout.nbytes], value)
             self.send(rank, "push", nbytes=0, **message)
             return
         data = torch.zeros(self.layout.nbytes, dtype=torch.uint8)
-        for view in self.layout.views(data):
-            view.fill_(value)
-        ranges = self.layout.ranges(places)
+        self._write(data, value)
+        ranges = self.layout.ranges([place for place, used in zip(places, message["used"], strict=True) if used])
         self.send(rank, "push", nbytes=sum(end - start for start, end in ranges), **message)
         for start, end in ranges:
             middle = (start + end) // 2  # in two chunks
             for first, last in ((start, middle), (middle, end)):
                 self.send(rank, "chunk", offset=first, payload=data[first:last].numpy().tobytes())
+
+    def _write(self, buffer: Tensor, value: float | list[Tensor]) -> None:
+        for place, view in enumerate(self.layout.views(buffer)):
+            if isinstance(value, list):
+                view.copy_(value[place])
+            else:
+                view.fill_(value)
 
     def start(self, shared: bool = False) -> None:
         """Have all workers connected, met, and their first messages taken."""
@@ -184,7 +199,7 @@ class Harness:
 
     def close_connection(self, rank: int) -> None:
         self.socket.closed.append(connection_of(rank))
-        self.server._note_connections()
+        self.service.note_connections()
 
     # --- what a worker sees -----------------------------------------------------------------------------------------
 
@@ -302,9 +317,9 @@ def test_who_has_the_newest_weights_is_not_sent_them_again() -> None:
 @pytest.mark.skipif(not memory.supported(), reason="needs Linux")
 def test_segments_are_made_before_the_workers_connect(tmp_path: Path) -> None:
     harness, made = Harness(ASP(), folder=str(tmp_path)), []
-    harness.server.prepare_segments(2, report=lambda: made.append(len(harness.server._segments)))
+    harness.shard.prepare_segments(2, report=lambda: made.append(len(harness.shard._segments)))
     assert made == [1, 2]
-    harness.server._folder = str(tmp_path / "missing")  # so that no other one can be made
+    harness.shard._folder = str(tmp_path / "missing")  # so that no other one can be made
     harness.start(shared=True)
     harness.push(0, 2.0)
     assert_weights(harness.weights(0, harness.released(0)), -1.0)
@@ -538,14 +553,14 @@ def test_a_raised_threshold_lets_waiting_workers_go_on_at_once_oldest_first() ->
     harness = Harness(SSP(0), world_size=4)
     harness.start()
     order: list[int] = []
-    send_to = harness.server._send_to
+    send_to = harness.service.send_frames
 
     def send(identity: bytes, *frames: Any) -> None:
         if wire.decode_message(bytes(frames[0]))["type"] == "released":
             order.append(int(identity.rpartition(b"-")[2]))
         send_to(identity, *frames)
 
-    harness.server._send_to = send  # type: ignore[method-assign]
+    harness.service.send_frames = send  # type: ignore[method-assign]
     for rank in (2, 1, 3):
         harness.push(rank, 1.0)
     assert order == []
@@ -599,7 +614,7 @@ def test_leads_are_counted_under_the_thresholds_in_force() -> None:
     assert torch.load(saved(snapshot), weights_only=True) == snapshot
     for paradigm, more in ((SSP(2), []), (SSP(7), [{"thresholds": {"threshold": 7}, "since": 4, "max_lead": 0}])):
         resumed = Harness(paradigm)
-        resumed.server.resume(snapshot)
+        resumed.shard.resume(snapshot)
         resumed.start()
         assert resumed.ask(1, "summary")["phases"] == phases + more
 
@@ -665,12 +680,14 @@ def test_summary_counts() -> None:
     harness.sync(0, wait_s=0.25, compute_s=1.0)
     assert harness.ask(1, "summary") == {
         "paradigm": "SSP(threshold=2)",
+        "apply": "Plain()",
         "updates": 3,
         "phases": [{"thresholds": {"threshold": 2}, "since": 0, "max_lead": 2}],
         "workers": [
             {
                 "rank": 0,
                 "pushes": 2,
+                "refused": 0,
                 "max_lead": 2,
                 "mean_lead": 1.5,
                 "max_staleness": 0,
@@ -681,6 +698,7 @@ def test_summary_counts() -> None:
             {
                 "rank": 1,
                 "pushes": 1,
+                "refused": 0,
                 "max_lead": 0,
                 "mean_lead": 0.0,
                 "max_staleness": 2,
@@ -716,7 +734,7 @@ def test_a_snapshot_goes_on_where_it_was_taken(paradigm: Paradigm) -> None:
 
     for world_size in (2, 3):
         resumed = Harness(type(paradigm)(), world_size)
-        resumed.server.resume(snapshot)
+        resumed.shard.resume(snapshot)
         resumed.start()
         assert dict(resumed.paradigm.clocks) == dict.fromkeys(range(world_size), 2)
         assert resumed.store.version == 3
@@ -737,7 +755,7 @@ def test_a_snapshot_under_another_paradigm_keeps_the_version_only() -> None:
     harness.push(0)
     harness.take(0)
     resumed = Harness(BSP())
-    resumed.server.resume(harness.ask(0, "snapshot"))
+    resumed.shard.resume(harness.ask(0, "snapshot"))
     resumed.start()
     assert (dict(resumed.paradigm.clocks), resumed.store.version) == ({0: 0, 1: 0}, 1)
 
@@ -1063,7 +1081,7 @@ def test_strangers_are_logged_once(warnings_logged: Callable[[], list[str]]) -> 
         harness.raw(STRANGER, *frames)
     harness.close_connection(STRANGER)
     harness.socket.refused = True
-    harness.server._note_connections()
+    harness.service.note_connections()
     (warning,) = warnings_logged()
     assert warning.startswith("The parameter server ignored a stranger on its port (logged once): ")
 
@@ -1076,7 +1094,7 @@ def test_a_strangers_connection_is_logged(how: str, warnings_logged: Callable[[]
         harness.close_connection(STRANGER)
     else:
         harness.socket.refused = True
-        harness.server._note_connections()
+        harness.service.note_connections()
     (warning,) = warnings_logged()
     assert "a connection that is not a worker's was closed" in warning
     assert harness.take(0) == harness.take(1) == []
@@ -1144,25 +1162,25 @@ def test_run_ends_when_all_have_said_goodbye(running: Harness, pipe: tuple[int, 
         assert len(turns) < 5, "the server goes on"
         return False
 
-    running.server.run(pipe[0], orphaned)
+    running.service.run(pipe[0], orphaned)
     assert running.take(0) == running.take(1) == []
 
 
 def test_run_ends_with_the_lifeline(running: Harness, pipe: tuple[int, int]) -> None:
     os.close(pipe[1])
-    running.server.run(pipe[0], lambda: False)
+    running.service.run(pipe[0], lambda: False)
     assert "rank 0, which started the parameter server, has ended" in running.failure(1)["text"]
 
 
 def test_run_ends_with_its_parent(running: Harness, pipe: tuple[int, int]) -> None:
-    running.server.run(pipe[0], lambda: True)
+    running.service.run(pipe[0], lambda: True)
     assert "rank 0, which started the parameter server, has ended" in running.failure(1)["text"]
 
 
 def test_run_notes_connections(running: Harness, pipe: tuple[int, int]) -> None:
     running.socket.closed.append(connection_of(1))
     turns = iter([False, True])
-    running.server.run(pipe[0], lambda: next(turns))
+    running.service.run(pipe[0], lambda: next(turns))
     assert "rank 1 (process 1001) is gone" in running.failure(0)["text"]
 
 
@@ -1171,4 +1189,4 @@ def test_an_abort_that_comes_with_the_end_of_its_own_connection_counts(running: 
     running.send(1, "abort", kind="error", text="raised ValueError")
     assert running.failure(0)["text"] == "rank 1 raised ValueError"
     running.send(0, "bye")
-    running.server.run(pipe[0], lambda: pytest.fail("the server waits for a worker that is gone"))
+    running.service.run(pipe[0], lambda: pytest.fail("the server waits for a worker that is gone"))

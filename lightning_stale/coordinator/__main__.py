@@ -1,0 +1,47 @@
+"""The coordinator's process: ``python -m lightning_stale.coordinator PARENT``, started by rank 0, ended with it.
+
+Standard input first carries the job (:class:`~lightning_stale.coordinator.process.Job`, a line of JSON), and then stays
+open as a lifeline: when it closes, rank 0 is gone. Standard output carries the port.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from lightning_stale.coordinator.watchdog import end_with
+
+# What is sent to the whole group, by Ctrl-C, a terminal that closes or SLURM: rank 0 decides when this ends.
+for _signal in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(_signal, signal.SIG_IGN)
+_PARENT = int(sys.argv[1])
+end_with(_PARENT, lifeline=sys.stdin.fileno())
+
+import json
+import logging
+
+from lightning_stale.coordinator.coordinator import Coordinator
+from lightning_stale.coordinator.process import Job
+from lightning_stale.coordinator.service import Service
+from lightning_stale.transport.sockets import ServerSocket
+
+
+def main() -> None:
+    """Read the job, serve, and end."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    line = sys.stdin.buffer.readline()
+    if not line:  # rank 0 has changed its mind, or failed
+        return
+    job = Job(**json.loads(line))
+    socket = ServerSocket(job.host, job.server_keys, job.worker_key)
+    try:
+        print(socket.port, flush=True)
+        service = Service(socket, Coordinator(job.members))
+        service.run(lifeline=sys.stdin.fileno(), orphaned=lambda: os.getppid() != _PARENT)
+    finally:
+        socket.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""A rank's side of a coordinator that has nothing beside it: who has failed, and where all meet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from lightning_stale.coordinator.connection import Connection, ServerLostError
+from lightning_stale.failures import FailureKind, RunFailedError
+from lightning_stale.transport import wire
+from lightning_stale.transport.credentials import Credentials
+from lightning_stale.transport.endpoint import Endpoint
+from lightning_stale.transport.sockets import WorkerSocket
+
+_PAUSE_S = 0.05
+_BLAME_S = wire.HEARTBEAT_TIMEOUT_MS / 1_000 + 5.0
+"""A host that has vanished is known to be gone after a heartbeat's timeout; a process that has ended, at once."""
+
+
+class Control:
+    """One rank's connection to the coordinator of a run.
+
+    Args:
+        endpoint: where it is.
+        credentials: of the run.
+        rank: this one.
+        check: called while waiting; raises to break off (a signal has come, say).
+    """
+
+    def __init__(
+        self, endpoint: Endpoint, credentials: Credentials, rank: int, check: Callable[[], None] = lambda: None
+    ) -> None:
+        self._check_here = check
+        self._connection = Connection(
+            WorkerSocket(endpoint.address, credentials.server.public, credentials.worker),
+            "coordinator",
+            endpoint.address,
+            endpoint.pid,
+            rank,
+            check,
+        )
+        try:
+            self._connection.join()
+        except BaseException:
+            self._connection.drop()
+            raise
+
+    @property
+    def failure(self) -> RunFailedError | None:
+        """Why the run has failed, as far as this rank has been told."""
+        return self._connection.failure
+
+    def check(self, fresh: bool = False) -> None:
+        """Raise if a rank has failed, or is gone; cheap enough for every batch.
+
+        Args:
+            fresh: wait for the coordinator's word, and do not rely on what has come from it by itself.
+
+        Raises:
+            RunFailedError: says which, and why.
+        """
+        self._check_here()
+        try:
+            if fresh and self.failure is None:
+                self._connection.send("ping")
+                self._connection.receive("pong", others="keep")
+            else:
+                self._connection.look()
+        except ServerLostError as error:
+            raise _rank_0_is_gone() from error
+        if self.failure is not None:
+            raise self.failure
+
+    def blame(self) -> None:
+        """After a connection has broken, find out whose.
+
+        Raises:
+            RunFailedError: says which, and why; nothing is raised if nobody is found to have failed.
+        """
+        deadline = time.monotonic() + _BLAME_S
+        while time.monotonic() < deadline:
+            self.check(fresh=True)
+            time.sleep(_PAUSE_S)
+
+    def come_to(self, place: str, detail: str = "") -> None:
+        """Let the others know that this rank's next meeting is at ``place``; do not wait for them yet."""
+        self._connection.send("sync", place=place, detail=detail, pull=False, wait_s=0.0, compute_s=0.0)
+
+    def await_others(self) -> None:
+        """Wait until all ranks have come to the place of :meth:`come_to`.
+
+        Raises:
+            RunFailedError: if a rank has failed, or they are at different places.
+        """
+        try:
+            self._connection.receive("synced")
+        except ServerLostError as error:
+            raise _rank_0_is_gone() from error
+
+    def meet(self, place: str, detail: str = "") -> None:
+        """Come to ``place``, and wait until all others have.
+
+        Raises:
+            RunFailedError: as :meth:`await_others`.
+        """
+        self.come_to(place, detail)
+        self.await_others()
+
+    def fail(self, kind: FailureKind, text: str) -> RunFailedError | None:
+        """Tell all others why this rank ends; return what had failed before.
+
+        Args:
+            kind: of the failure.
+            text: what follows "rank 1 ".
+        """
+        return self._connection.abort(kind, text)
+
+    def close(self, finished: bool) -> None:
+        """End the connection; a rank that has not finished is lost to the others, unless the run has failed."""
+        self._connection.close(finished)
+
+
+def _rank_0_is_gone() -> RunFailedError:
+    return RunFailedError("error", "rank 0, which all others meet at, is gone: it was killed, or hangs")

@@ -1,0 +1,162 @@
+"""What the coordinator is told, and what it answers: plain values, of which the loop around it makes messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lightning_stale.failures import FailureKind
+
+# --- what it is told ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Join:
+    """``member`` is here; ``process`` says which process it is, for who reads of its end."""
+
+    member: int
+    process: int
+
+
+@dataclass(frozen=True)
+class _FromMember:
+    """From a member that has joined as ``generation``, and not from one that it has been fenced as."""
+
+    member: int
+    generation: int
+
+
+@dataclass(frozen=True)
+class Request(_FromMember):
+    """It is free and asks for a batch."""
+
+
+@dataclass(frozen=True)
+class Push(_FromMember):
+    """Its gradient has been taken; it holds the batches of these leases."""
+
+    leases: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Arrive(_FromMember):
+    """It is at the meeting point ``place`` (``detail``: what an error says besides) and waits for the others."""
+
+    place: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class SetThresholds(_FromMember):
+    """It wants other thresholds."""
+
+    thresholds: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Abort(_FromMember):
+    """It fails, for a reason that all others are to hear."""
+
+    kind: FailureKind
+    text: str
+
+
+@dataclass(frozen=True)
+class Leave(_FromMember):
+    """It has finished."""
+
+
+@dataclass(frozen=True)
+class Lose(_FromMember):
+    """Its connection has ended, without a word."""
+
+
+@dataclass(frozen=True)
+class Fail:
+    """Something that all depend on has failed."""
+
+    text: str
+
+
+FromMember = Request | Push | Arrive | SetThresholds | Abort | Leave | Lose
+Message = Join | FromMember | Fail
+
+# --- what it answers ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Joined:
+    """``member`` takes part, as ``generation``."""
+
+    member: int
+    generation: int
+
+
+@dataclass(frozen=True)
+class Fenced:
+    """``member`` speaks for a generation that is over: nothing has been changed."""
+
+    member: int
+    generation: int
+
+
+@dataclass(frozen=True)
+class Granted:
+    """``member`` may begin ``batch`` (``None``: none is left), under the lease with this number."""
+
+    member: int
+    lease: int
+    batch: int | None
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The push of ``member`` holds a lease that was taken back: it is not to be applied."""
+
+    member: int
+    lease: int
+
+
+@dataclass(frozen=True)
+class Released:
+    """``member`` gets its OK: with this clock, so many clocks ahead of the slowest."""
+
+    member: int
+    clock: int
+    lead: int
+
+
+@dataclass(frozen=True)
+class Met:
+    """All have come to the place where ``member`` is."""
+
+    member: int
+    thresholds: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class ThresholdsSet:
+    """They hold from now on; or the text says what is wrong with them."""
+
+    member: int
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class Failed:
+    """``member`` is to end, because of what has failed first."""
+
+    member: int
+    kind: FailureKind
+    text: str
+
+
+@dataclass(frozen=True)
+class Aborted:
+    """``member`` has been heard; ``cause`` is what had failed before, if anything had."""
+
+    member: int
+    cause: str
+
+
+Reply = Joined | Fenced | Granted | Refused | Released | Met | ThresholdsSet | Failed | Aborted

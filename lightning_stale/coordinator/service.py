@@ -1,0 +1,286 @@
+"""The loop around the coordinator: messages from the socket, replies into it, and who is at its other ends."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import traceback
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import zmq
+
+from lightning_stale.coordinator import messages as m
+from lightning_stale.coordinator.coordinator import Coordinator
+from lightning_stale.transport import wire
+from lightning_stale.transport.sockets import ServerSocket
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Peer:
+    """The other end of a connection: a member, as one of its generations."""
+
+    member: int
+    generation: int
+    identity: bytes
+    connection: int  # its descriptor
+    closed: bool = False
+
+
+class Plane:
+    """What travels beside the control messages, on the same connections; by itself, nothing does."""
+
+    kinds: Collection[str] = ()
+    """The types of the messages that are its own."""
+
+    def welcome(self, peer: Peer, message: dict[str, Any]) -> dict[str, Any]:
+        """Return the fields of the answer to ``message``, a ``"hello"``."""
+        return {"path": "", "token": b"", "nbytes": 0}
+
+    def receive(self, peer: Peer, message: dict[str, Any], frames: Sequence[zmq.Frame]) -> None:
+        """Take one of its own messages.
+
+        Raises:
+            WireError: if it makes no sense.
+        """
+        raise NotImplementedError
+
+    def before(self, replies: Sequence[m.Reply]) -> None:
+        """Do what is to be done before anybody hears of ``replies``."""
+
+    def released(self, peer: Peer, reply: m.Released) -> None:
+        """Tell ``peer`` its OK."""
+        raise NotImplementedError
+
+    def arrives(self, peer: Peer, message: dict[str, Any]) -> None:
+        """``peer`` comes to a meeting point, with ``message``."""
+
+    def met(self, peer: Peer, reply: m.Met, send: Callable[..., None]) -> None:
+        """Tell ``peer`` that all have met."""
+        send("synced", version=0, thresholds=dict(reply.thresholds), nbytes=0)
+
+    def thresholds_set(self, peer: Peer, reply: m.ThresholdsSet) -> None:
+        """Tell ``peer`` about its thresholds."""
+        raise NotImplementedError
+
+    def gone(self, peer: Peer) -> None:
+        """``peer`` is there no more."""
+
+
+class Service:
+    """Serves the members of a run until all of them are gone.
+
+    Args:
+        socket: where they connect.
+        coordinator: decides.
+        name: of the process, in what it tells of itself.
+        now: a clock, in seconds.
+
+    Attributes:
+        plane: what travels beside.
+    """
+
+    def __init__(
+        self,
+        socket: ServerSocket,
+        coordinator: Coordinator,
+        name: str = "coordinator",
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.coordinator = coordinator
+        self.plane = Plane()
+        self.now = now
+        self._socket = socket
+        self._name = name
+        self._peers: dict[int, Peer] = {}
+        self._by_identity: dict[bytes, Peer] = {}
+        self._connections: dict[int, Peer] = {}  # of those that are gone too, as long as they are open
+        self._stranger_logged = False
+
+    def run(self, lifeline: int, orphaned: Callable[[], bool]) -> None:
+        """Serve until every member has said goodbye, or rank 0 is gone.
+
+        Args:
+            lifeline: a descriptor that reads as closed when rank 0 closes it, or ends.
+            orphaned: whether rank 0 has ended (a process it has forked may hold the lifeline open).
+        """
+        poller = zmq.Poller()
+        for source in (self._socket.router, self._socket.monitor, lifeline):
+            poller.register(source, zmq.POLLIN)
+        while not self.coordinator.over:
+            ready = dict(poller.poll(1_000))
+            self.drain()
+            if self._socket.monitor in ready:
+                self.note_connections()
+            if (lifeline in ready and not os.read(lifeline, 1)) or orphaned():
+                self.drain()
+                if not self.coordinator.over:
+                    self.tell(m.Fail(f"rank 0, which started the {self._name}, has ended before the others"))
+                return
+
+    # --- from the members -------------------------------------------------------------------------------------------
+
+    def drain(self) -> None:
+        """Take all messages that have come."""
+        for frames in self._messages():
+            self._handle(frames)
+
+    def _messages(self) -> Iterator[list[zmq.Frame]]:
+        while not self.coordinator.over:
+            try:
+                yield self._socket.router.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+
+    def _handle(self, frames: list[zmq.Frame]) -> None:
+        identity = frames[0].bytes
+        peer = self._by_identity.get(identity)
+        try:
+            message = wire.decode_message(frames[1].bytes if len(frames) > 1 else b"")
+            if peer is None:
+                self._greet(identity, int(frames[1].get(zmq.SRCFD)), message)
+            elif message["type"] in self.plane.kinds:
+                self.plane.receive(peer, message, frames)
+            else:
+                self._control(peer, message)
+        except wire.WireError as error:
+            if peer is None:
+                self._log_stranger(str(error))
+            else:
+                self.tell(m.Fail(f"rank {peer.member} sent what the {self._name} cannot read: {error}"))
+        except Exception:  # the user's optimizer, mostly: the workers show it
+            self.tell(m.Fail(f"the {self._name} failed:\n{traceback.format_exc()}"))
+
+    def _control(self, peer: Peer, message: dict[str, Any]) -> None:
+        who = (peer.member, peer.generation)
+        match message["type"]:
+            case "sync":
+                self.plane.arrives(peer, message)
+                self.tell(m.Arrive(*who, message["place"], message["detail"]))
+            case "thresholds":
+                if not all(isinstance(name, str) for name in message["values"]):
+                    raise wire.WireError(f"thresholds={message['values']!r}")
+                self.tell(m.SetThresholds(*who, message["values"]))
+            case "ping":
+                self.note_connections()
+                self.send(peer, "pong")
+            case "abort":
+                self.note_connections(aborting=peer)  # who was killed comes before those that fail because of it
+                self.tell(m.Abort(*who, message["kind"], message["text"]))
+                if peer.closed:
+                    self._dismiss(peer)
+            case "bye":
+                self._dismiss(peer)
+            case unexpected:
+                raise wire.WireError(f"unexpected {unexpected!r}")
+
+    def _greet(self, identity: bytes, connection: int, message: dict[str, Any]) -> None:
+        if message["type"] != "hello":
+            raise wire.WireError(f"a {message['type']!r} message from a connection that has not said who it is")
+        self.note_connections()  # a stranger's may have had the same descriptor before
+        try:
+            replies = self.coordinator.handle(m.Join(message["rank"], message["pid"]), self.now())
+        except ValueError as error:
+            raise wire.WireError(str(error)) from None
+        joined = replies[0]
+        assert isinstance(joined, m.Joined)
+        peer = Peer(joined.member, joined.generation, identity, connection)
+        # so that it hears of what fails below
+        self._peers[peer.member] = self._by_identity[identity] = self._connections[connection] = peer
+        if not self._socket.is_open(connection):  # what it has said came a moment before its end
+            self._lose(peer)
+            return
+        if self.coordinator.failure is None:
+            self.send(peer, "welcome", **self.plane.welcome(peer, message))
+        self._deliver(replies[1:])
+
+    # --- to the members ---------------------------------------------------------------------------------------------
+
+    def tell(self, message: m.Message) -> None:
+        """Have the coordinator hear ``message``, and its members the replies."""
+        replies = self.coordinator.handle(message, self.now())
+        self.plane.before(replies)
+        self._deliver(replies)
+
+    def send(self, peer: Peer, kind: str, /, **fields: Any) -> None:
+        """Send a message, without bytes behind it."""
+        self.send_frames(peer.identity, wire.encode_message(kind, **fields))
+
+    def send_frames(self, identity: bytes, *frames: bytes | memoryview) -> None:
+        """Send frames to the connection that ``identity`` names; to one that has ended, nothing."""
+        try:
+            self._socket.router.send_multipart([identity, *frames])
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:  # gone: the monitor says so too, and there it is handled
+                raise
+            if identity in self._by_identity:
+                self.plane.gone(self._by_identity[identity])
+
+    def _deliver(self, replies: Sequence[m.Reply]) -> None:
+        for reply in replies:
+            peer = self._peers.get(reply.member)
+            if peer is not None:
+                self._deliver_to(peer, reply)
+
+    def _deliver_to(self, peer: Peer, reply: m.Reply) -> None:
+        match reply:
+            case m.Released():
+                self.plane.released(peer, reply)
+            case m.Met():
+                self.plane.met(peer, reply, lambda kind, **fields: self.send(peer, kind, **fields))
+            case m.ThresholdsSet():
+                self.plane.thresholds_set(peer, reply)
+            case m.Failed():
+                self.send(peer, "failed", kind=reply.kind, text=reply.text)
+            case m.Aborted():
+                self.send(peer, "aborted", cause=reply.cause)
+            case m.Fenced():
+                pass  # its connection has ended, or the next one of its rank has begun
+            case _:
+                raise NotImplementedError(reply)
+
+    # --- connections ------------------------------------------------------------------------------------------------
+
+    def note_connections(self, aborting: Peer | None = None) -> None:
+        """See which connections have ended.
+
+        Args:
+            aborting: says itself why it ends.
+        """
+        before = dict(self._connections)  # who says hello while we drain may have the descriptor of one that has ended
+        closed, refused = self._socket.closed_connections()
+        self.drain()  # what a worker sent before its connection ended, e.g. its goodbye
+        for connection in closed:
+            peer = before.get(connection)
+            if peer is None:
+                refused = True
+                continue
+            peer.closed = True
+            if self._connections.get(connection) is peer:
+                del self._connections[connection]
+            if peer is not aborting and self._peers.get(peer.member) is peer:
+                self._lose(peer)
+        if refused:
+            self._log_stranger("a connection that is not a worker's was closed")
+
+    def _lose(self, peer: Peer) -> None:
+        self._forget(peer)
+        self.tell(m.Lose(peer.member, peer.generation))
+
+    def _dismiss(self, peer: Peer) -> None:
+        self._forget(peer)
+        self.tell(m.Leave(peer.member, peer.generation))
+
+    def _forget(self, peer: Peer) -> None:
+        if self._peers.get(peer.member) is peer:
+            del self._peers[peer.member], self._by_identity[peer.identity]
+            self.plane.gone(peer)
+
+    def _log_stranger(self, what: str) -> None:
+        if not self._stranger_logged:
+            self._stranger_logged = True
+            log.warning("The %s ignored a stranger on its port (logged once): %s", self._name, what)

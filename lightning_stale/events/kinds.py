@@ -1,0 +1,123 @@
+"""The kinds of events. A new one is a class here, a line where it happens, and a case in each reader that wants it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lightning_stale.failures import FailureKind
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that has happened ``at`` a time, in seconds of the recording process's monotonic clock."""
+
+    at: float
+
+
+# --- membership and meetings ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Joined(Event):
+    """A worker takes part."""
+
+    worker: int
+
+
+@dataclass(frozen=True, slots=True)
+class Left(Event):
+    """A worker has finished, or was lost."""
+
+    worker: int
+
+
+@dataclass(frozen=True, slots=True)
+class Met(Event):
+    """All were at the same meeting point, and a worker goes on from there."""
+
+    worker: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed(Event):
+    """The run has failed."""
+
+    kind: FailureKind
+    text: str
+
+
+# --- bounded staleness ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed(Event):
+    """A worker's gradient has come, whose weights were ``staleness`` updates old."""
+
+    worker: int
+    staleness: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refused(Event):
+    """The apply rule has let a worker's gradient go, so that it is no update."""
+
+    worker: int
+
+
+@dataclass(frozen=True, slots=True)
+class Updated(Event):
+    """The weights have had this many updates."""
+
+    updates: int
+
+
+@dataclass(frozen=True, slots=True)
+class Released(Event):
+    """A worker has its OK, ``lead`` clocks ahead of the slowest."""
+
+    worker: int
+    lead: int
+
+
+@dataclass(frozen=True, slots=True)
+class ThresholdsSet(Event):
+    """The paradigm has these thresholds from now on."""
+
+    thresholds: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Spent(Event):
+    """A worker has waited and computed for so many seconds since its last message."""
+
+    worker: int
+    wait_s: float
+    compute_s: float
+
+
+# --- averaging ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped(Event):
+    """The inner optimizer of this rank has taken a step."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoundEnded(Event):
+    """The sum of a round has been here after ``exchange_s`` seconds, of which this rank waited ``wait_s``."""
+
+    exchange_s: float
+    wait_s: float
+
+
+# --- pipeline -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StageRan(Event):
+    """A stage of this rank has computed for ``busy_s`` seconds."""
+
+    stage: int
+    busy_s: float

@@ -1,0 +1,125 @@
+"""What is counted of bounded staleness: pushes, leads, staleness and times, per worker and per set of thresholds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lightning_stale.events.kinds import Event, Pushed, Refused, Released, Spent, ThresholdsSet, Updated
+
+
+@dataclass
+class WorkerCounts:
+    """Counts of one worker. Leads are those at release; staleness is in updates, times in seconds."""
+
+    rank: int
+    pushes: int = 0
+    releases: int = 0
+    max_lead: int = 0
+    total_lead: int = 0
+    max_staleness: int = 0
+    total_staleness: int = 0
+    wait_s: float = 0.0
+    compute_s: float = 0.0
+    refused: int = 0
+
+    def summary(self) -> dict[str, Any]:
+        """Return the row of ``StaleSyncStrategy.summary()``."""
+        return {
+            "rank": self.rank,
+            "pushes": self.pushes,
+            "refused": self.refused,
+            "max_lead": self.max_lead,
+            "mean_lead": self.total_lead / max(1, self.releases),
+            "max_staleness": self.max_staleness,
+            "mean_staleness": self.total_staleness / max(1, self.pushes),
+            "wait_s": self.wait_s,
+            "compute_s": self.compute_s,
+        }
+
+
+@dataclass
+class Phase:
+    """From one change of the thresholds to the next."""
+
+    thresholds: dict[str, int]
+    since: int  # the updates before it
+    max_lead: int = 0  # at release, so never above the bound in force
+
+
+class StaleSyncCounts:
+    """Counts what the recorder of a parameter server tells it.
+
+    Args:
+        world_size: the number of workers.
+        thresholds: those of the start.
+
+    Example::
+
+        >>> from lightning_stale.events import Pushed, Released, Updated
+        >>> from lightning_stale.events.stale_sync import StaleSyncCounts
+        >>> counts = StaleSyncCounts(world_size=2, thresholds={"threshold": 3})
+        >>> for event in (Pushed(0.1, worker=1, staleness=2), Updated(0.1, updates=1), Released(0.1, worker=1, lead=1)):
+        ...     counts.note(event)
+        >>> counts.summary()["updates"], counts.summary()["workers"][1]["max_staleness"]
+        (1, 2)
+    """
+
+    def __init__(self, world_size: int, thresholds: Mapping[str, int]) -> None:
+        self.updates = 0
+        self.workers = [WorkerCounts(rank) for rank in range(world_size)]
+        self.phases = [Phase(dict(thresholds), since=0)]
+
+    def note(self, event: Event) -> None:
+        """See :class:`~lightning_stale.events.recorder.Reader`."""
+        match event:
+            case Pushed():
+                worker = self.workers[event.worker]
+                worker.pushes += 1
+                worker.max_staleness = max(worker.max_staleness, event.staleness)
+                worker.total_staleness += event.staleness
+            case Refused():
+                self.workers[event.worker].refused += 1
+            case Released():
+                worker = self.workers[event.worker]
+                worker.releases += 1
+                worker.max_lead = max(worker.max_lead, event.lead)
+                worker.total_lead += event.lead
+                self.phases[-1].max_lead = max(self.phases[-1].max_lead, event.lead)
+            case Spent():
+                self.workers[event.worker].wait_s += event.wait_s
+                self.workers[event.worker].compute_s += event.compute_s
+            case Updated():
+                self.updates = event.updates
+            case ThresholdsSet():
+                self._begin_phase(event.thresholds)
+
+    def _begin_phase(self, thresholds: Mapping[str, int]) -> None:
+        if thresholds != self.phases[-1].thresholds:
+            self.phases.append(Phase(dict(thresholds), since=self.updates))
+
+    def summary(self) -> dict[str, Any]:
+        """Return what ``StaleSyncStrategy.summary()`` does, but for the paradigm."""
+        return {
+            "updates": self.updates,
+            "phases": [asdict(phase) for phase in self.phases],
+            "workers": [worker.summary() for worker in self.workers],
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all counts as plain numbers, lists and dicts."""
+        return {
+            "updates": self.updates,
+            "phases": [asdict(phase) for phase in self.phases],
+            "workers": [asdict(worker) for worker in self.workers],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state``; from its updates only if that is of another number of workers."""
+        thresholds = self.phases[-1].thresholds
+        self.updates = state["updates"]
+        if len(state["workers"]) == len(self.workers):
+            self.workers = [WorkerCounts(**worker) for worker in state["workers"]]
+            self.phases = [Phase(**phase) for phase in state["phases"]]
+        self._begin_phase(thresholds)
