@@ -9,7 +9,7 @@ quickstart: .venv/.installed
 	$(BIN)/python recipes/compare.py outputs/quickstart
 
 test: .venv/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

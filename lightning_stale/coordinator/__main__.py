@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 
-from lightning_stale.coordinator.watchdog import end_with
+from lightning_stale.lifeline import end_with
 
 # What is sent to the whole group, by Ctrl-C, a terminal that closes or SLURM: rank 0 decides when this ends.
 for _signal in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):

@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from lightning_stale.failures import RunFailedError
 from lightning_stale.launchers.command import in_joblib_worker, rank_command, rank_environment, save_config
-from lightning_stale.launchers.lifeline import end_with
+from lightning_stale.lifeline import end_with
 from lightning_stale.private import of_torch
 
 _OF_RANKS = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")

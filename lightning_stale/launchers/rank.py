@@ -13,7 +13,7 @@ import warnings
 from hydra.core.utils import setup_globals
 
 from lightning_stale.launchers.job import destroy_process_group
-from lightning_stale.launchers.lifeline import end_with
+from lightning_stale.lifeline import end_with
 
 _GRACE_S = 2.0
 """A rank that does not hang notices the broken connection, and ends with an error that says so."""
@@ -22,7 +22,7 @@ _GRACE_S = 2.0
 def main() -> None:
     """Run the app."""
     parent, config, *app = sys.argv[1:]
-    end_with(int(parent), _GRACE_S)
+    end_with(int(parent), grace_s=_GRACE_S)
     setup_globals()  # the resolvers ${hydra:...} and ${now:...}, which a rerun does without
     warnings.filterwarnings("ignore", message="Experimental rerun CLI option")
     if not getattr(sys.flags, "safe_path", False):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from lightning_stale.pipeline.channels import Channel, MemoryChannel
+from lightning_stale.pipeline.alike.random_streams import Streams
+from lightning_stale.pipeline.block import Features
+from lightning_stale.pipeline.channels.channel import Channel, MemoryChannel
 from lightning_stale.pipeline.schedule import drain, iteration
-from lightning_stale.pipeline.stage import Features, Stage
-from lightning_stale.pipeline.streams import Streams
+from lightning_stale.pipeline.stage import Stage
 
 
 class Pipeline:

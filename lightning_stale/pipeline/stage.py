@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_stale.pipeline.buffers import Buffers
-from lightning_stale.pipeline.entry import Entry
-from lightning_stale.pipeline.randomness import RandomState, replay
-from lightning_stale.pipeline.strides import copied
-from lightning_stale.pipeline.values import map_tensors, put_together, take_apart
-from lightning_stale.pipeline.values import tensors as tensors
-from lightning_stale.pipeline.weights import ForwardWeights
-
-Features = tuple[Any, ...]
-"""The positional arguments of a block: what :mod:`~lightning_stale.pipeline.values` can take apart."""
+from lightning_stale.pipeline.alike.random_state import RandomState, replay
+from lightning_stale.pipeline.block import Block, Features
+from lightning_stale.pipeline.block_buffers import BlockBuffers
+from lightning_stale.pipeline.forward_weights import ForwardWeights
+from lightning_stale.pipeline.graph_inputs import GraphInputs
+from lightning_stale.pipeline.values.strides import copied
+from lightning_stale.pipeline.values.trees import map_tensors, put_together, take_apart, tensors
+from lightning_stale.private.of_torch import versions_of
 
 Gradients = list[Tensor | None]
 """One entry per tensor among the features that requires a gradient; None where nothing depends on it."""
-
-
-@dataclass(frozen=True)
-class Block:
-    """A module, and whether its result is a tuple of the next one's arguments (a traced model) or its one argument."""
-
-    module: nn.Module
-    spreads: bool = False
-
-    def __call__(self, features: Features) -> Features:
-        result = self.module(*features)
-        return tuple(result) if self.spreads else (result,)
 
 
 @dataclass
@@ -42,7 +28,7 @@ class _Pending:
     """A batch whose backward is still to come."""
 
     inputs: Features
-    entry: Entry  # the tensors of the inputs
+    begin: GraphInputs  # the tensors of the inputs
     outputs: list[Tensor] | None = None  # those that require a gradient, with their graph; None: to be recomputed
     random_state: RandomState | None = None
     weights: ForwardWeights | None = None  # those of the forward, if others are in place when its graph goes backward
@@ -80,7 +66,7 @@ class Stage:
         self.last = last
         self._context = context
         self._pending: dict[int, _Pending] = {}
-        self._buffers = Buffers(block.module)
+        self._buffers = BlockBuffers(block.module)
         self._mutates_inputs = True  # until the first forward has shown that it does not
 
     @property
@@ -99,16 +85,16 @@ class Stage:
         """
         objects: list[Any] = []
         tree, given = take_apart(features, objects)
-        entry = Entry(given, data=self.first)
-        inputs = tuple(put_together(tree, entry.tensors, objects))
+        begin = GraphInputs(given, data=self.first)
+        inputs = tuple(put_together(tree, begin.tensors, objects))
         if self.staleness > 0 and self.recompute:
-            pending = _Pending(inputs, entry, random_state=_random_state(inputs))
+            pending = _Pending(inputs, begin, random_state=_random_state(inputs))
             self._pending[batch] = pending
             with self._buffers.kept():
                 outputs = self._run(inputs)  # its graph shows what requires a gradient, and is dropped
         else:  # with staleness 0 the backward follows before anything changes
             outputs = self._run(inputs)
-            pending = self._pending[batch] = _Pending(inputs, entry)
+            pending = self._pending[batch] = _Pending(inputs, begin)
             if self.staleness > 0:
                 pending.weights = ForwardWeights(self.block.module)
         if self.last:
@@ -154,7 +140,7 @@ class Stage:
 
     def finish(self, batch: int) -> Gradients:
         """Forget ``batch``, whose backward has run; return the gradients of its inputs."""
-        return self._pending.pop(batch).entry.gradients()
+        return self._pending.pop(batch).begin.gradients()
 
     def _recomputed(self, pending: _Pending) -> list[Tensor]:
         assert pending.random_state is not None
@@ -182,10 +168,10 @@ class Stage:
     def _run(self, inputs: Features) -> Features:
         """Run the block; a copy of the inputs if it changes them in place, as a leading ``ReLU(inplace=True)`` does."""
         given = map_tensors(copied, inputs) if self._mutates_inputs else inputs
-        before = [tensor._version for tensor in tensors(given)]
+        before = versions_of(tensors(given))
         with self._context():
             outputs = self.block(given)
-        changed = before != [tensor._version for tensor in tensors(given)]
+        changed = before != versions_of(tensors(given))
         if changed and not self._mutates_inputs:
             raise RuntimeError(
                 "a block changed its input in place, which it did not do for the first batch: make it do so "
@@ -204,33 +190,3 @@ def _sendable(tensor: Tensor, own: set[int]) -> Tensor:
 
 def _random_state(inputs: Features) -> RandomState:
     return RandomState.now(sorted({tensor.device.index for tensor in tensors(inputs) if tensor.is_cuda}))
-
-
-def check_disjoint(blocks: Sequence[Block], outside: Iterable[tuple[str, nn.Parameter]] = ()) -> None:
-    """Refuse a parameter that two blocks share, or that a block shares with what lies outside of all blocks.
-
-    Args:
-        blocks: the blocks.
-        outside: (name, parameter) of what the model holds outside of the module that was cut.
-
-    Raises:
-        ValueError: names it.
-    """
-    owner: dict[int, tuple[int, str]] = {}
-    for k, block in enumerate(blocks):
-        for name, parameter in block.module.named_parameters():
-            first, other = owner.setdefault(id(parameter), (k, name))
-            if first != k:
-                raise ValueError(
-                    f"blocks {first} and {k} share a parameter ({other!r} and {name!r}), and each block has its own "
-                    f"optimizer: untie them (model.{name} = nn.Parameter(model.{other}.detach().clone()); for a "
-                    "Hugging Face model tie_word_embeddings=False in its config), or choose a split that keeps both in "
-                    "one block"
-                )
-    for name, parameter in outside:
-        if id(parameter) in owner:
-            k, other = owner[id(parameter)]
-            raise ValueError(
-                f"{name!r} is {other!r} of block {k}, and what lies outside of the blocks is the last stage's: make "
-                "it part of the module that is cut, in the same block, or do not share it"
-            )

@@ -21,8 +21,6 @@ from lightning.pytorch.trainer.connectors import accelerator_connector
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
-from lightning_stale.pipeline.randomness import kept
-
 log = logging.getLogger(__name__)
 
 
@@ -188,7 +186,10 @@ class _CapturedError(Exception):
 
 
 def first_input(trainer: Trainer, module: torch.nn.Module) -> Any:
-    """Return what ``module`` is given in the training step of the first batch; nothing else remains of that step."""
+    """Return what ``module`` is given in the training step of the first batch.
+
+    Nothing else remains of that step but what it has drawn: keep the random state around it.
+    """
     loader = trainer.fit_loop._data_source.dataloader()
     captured: list[Any] = []
 
@@ -196,19 +197,17 @@ def first_input(trainer: Trainer, module: torch.nn.Module) -> Any:
         captured.append(args[0])
         raise _CapturedError
 
-    devices = [trainer.strategy.root_device.index] if trainer.strategy.root_device.type == "cuda" else []
-    with kept(devices):
-        batch = trainer.precision_plugin.convert_input(next(iter(loader)))
-        batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-        batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-        undo = replace_forward(trainer.lightning_module, module, not_compiled(capture))
-        try:
-            with trainer.precision_plugin.train_step_context():
-                trainer.lightning_module.training_step(batch, 0)
-        except _CapturedError:
-            pass
-        finally:
-            undo()
+    batch = trainer.precision_plugin.convert_input(next(iter(loader)))
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    undo = replace_forward(trainer.lightning_module, module, not_compiled(capture))
+    try:
+        with trainer.precision_plugin.train_step_context():
+            trainer.lightning_module.training_step(batch, 0)
+    except _CapturedError:
+        pass
+    finally:
+        undo()
     return captured[0]
 
 

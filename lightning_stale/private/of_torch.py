@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import Store, _abort_process_group, _get_default_store
 from torch.utils._pytree import SUPPORTED_NODES
+from torch.utils._pytree import tree_map as tree_map
 
 Node = tuple[Callable[[Any], tuple[Iterable[Any], Any]], Callable[[list[Any], Any], Any]]
 
@@ -41,3 +42,18 @@ def is_lost_connection(exception: BaseException) -> bool:
     return isinstance(exception, torch.distributed.DistError) or (
         isinstance(exception, RuntimeError) and "gloo/" in str(exception)
     )
+
+
+def versions_of(tensors: Iterable[Tensor]) -> list[int]:
+    """Return autograd's version counter of each of ``tensors``: it rises when one is changed in place."""
+    return [tensor._version for tensor in tensors]
+
+
+def is_view(tensor: Tensor) -> bool:
+    """Whether autograd knows ``tensor`` as a view of another one."""
+    return tensor._is_view()
+
+
+def uncoalesced(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Return indices and values of a sparse tensor as they are: the same index may come twice."""
+    return tensor._indices(), tensor._values()

@@ -10,11 +10,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Generator
 from torch.utils.data import DataLoader
 
-from lightning_stale.pipeline import witness
-from lightning_stale.pipeline.order import share_order
+from lightning_stale.pipeline.alike import fingerprint
+from lightning_stale.pipeline.alike.random_state import RandomState
+from lightning_stale.pipeline.alike.random_streams import DerivedStreams, Streams, TravellingStream
+from lightning_stale.pipeline.alike.shared_order import share_order
 from lightning_stale.pipeline.pipeline import Pipeline
-from lightning_stale.pipeline.randomness import RandomState
-from lightning_stale.pipeline.streams import DerivedStreams, Streams, TravellingStream
 from lightning_stale.private import of_lightning
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Alike:
         self._gpus = [device.index] if device.type == "cuda" else []
         self._seldom = bool(self._gpus)
         self._generators: list[Generator] = []
-        self._batch: witness.Witness | None = None
+        self._batch: fingerprint.Fingerprint | None = None
         self._inputs = 0
         self._travels = False
         self.streams = Streams()
@@ -97,7 +97,7 @@ class Alike:
 
     def note_batch(self, batch: Any) -> None:
         """Remember what the loader has given, on the CPU still."""
-        self._batch = witness.witness(batch) if self._compares else None
+        self._batch = fingerprint.fingerprint(batch) if self._compares else None
 
     def tell(self, inputs: Any) -> bytes:
         """Return what this rank has seen of the batch and given to the body."""
@@ -105,7 +105,7 @@ class Alike:
             return b""
         self._inputs += 1
         seen = not self._seldom or self._inputs <= 2 or self._inputs % _SELDOM == 0
-        of_inputs = witness.witness(inputs) if seen else None
+        of_inputs = fingerprint.fingerprint(inputs) if seen else None
         told: bytes = msgpack.packb([self._batch, of_inputs, RandomState.now(self._gpus).digest()])
         self._batch = None
         return told
@@ -120,7 +120,7 @@ class Alike:
             return
         (batch, inputs, drawn), (other_batch, other_inputs, other_drawn) = map(msgpack.unpackb, (mine, theirs))
         ranks = f"rank 0, with the last stage, and rank {self._strategy.world_size - 1}, with the first,"
-        differs = witness.difference(batch or [], other_batch or [])
+        differs = fingerprint.difference(batch or [], other_batch or [])
         if differs is not None:
             raise MisconfigurationException(
                 f"{ranks} have read different samples in {where} (different: {differs}), and features would be paired "
@@ -129,7 +129,7 @@ class Alike:
                 "for the rank in samplers, worker_init_fn and transforms; and seed generators of your own alike, or "
                 "draw from torch's, random's and NumPy's global ones, outside of what runs on one rank only"
             )
-        differs = witness.difference(inputs or [], other_inputs or [])
+        differs = fingerprint.difference(inputs or [], other_inputs or [])
         seen = inputs is not None and other_inputs is not None
         if differs is not None or (drawn != other_drawn and not seen):
             what = f"different: {differs}" if differs is not None else "they have drawn different random numbers"

@@ -19,17 +19,23 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
+from lightning_stale.pipeline.block import Block
+from lightning_stale.pipeline.channels.links import Links, destroy_mesh, stage_mesh
 from lightning_stale.pipeline.clipping import clip_per_block
-from lightning_stale.pipeline.forward import CutForward
-from lightning_stale.pipeline.links import Links, destroy_mesh, stage_mesh
-from lightning_stale.pipeline.ownership import constant_names, own_names, tensors_named
-from lightning_stale.pipeline.partition import count_parameters
+from lightning_stale.pipeline.divided.ownership import constant_names, own_names
+from lightning_stale.pipeline.divided.tensors import tensors_named
+from lightning_stale.pipeline.partition.body import outside, positional
+from lightning_stale.pipeline.partition.costs import count_parameters
+from lightning_stale.pipeline.partition.disjoint import check_disjoint
+from lightning_stale.pipeline.partition.model import Split
 from lightning_stale.pipeline.pipeline import Pipeline
-from lightning_stale.pipeline.stage import Block, Stage, check_disjoint, tensors
+from lightning_stale.pipeline.replaced_forward import ReplacedForward
+from lightning_stale.pipeline.stage import Stage
 from lightning_stale.pipeline.staleness import Staleness
+from lightning_stale.pipeline.values.trees import tensors
 from lightning_stale.private import of_lightning
 from lightning_stale.strategies.alike import Alike
-from lightning_stale.strategies.cut import Split, cut_model, outside, positional
+from lightning_stale.strategies.partitioning import partition
 from lightning_stale.strategies.predictions import share_predictions
 from lightning_stale.strategies.relay import MetricsRelay
 from lightning_stale.strategies.whole_model import Whole, WholeModelStrategy
@@ -248,7 +254,7 @@ class DSPStrategy(WholeModelStrategy):
         }
         arguments = positional(owner)
         run = of_lightning.not_compiled(lambda *args, **kwargs: self._forward(arguments(*args, **kwargs)))
-        self._undo_setup.append(of_lightning.replace_forward(module, owner, CutForward(owner, run)))
+        self._undo_setup.append(of_lightning.replace_forward(module, owner, ReplacedForward(owner, run)))
         if self.world_size > 1:
             trained = self.optimizers if trainer.state.fn == TrainerFn.FITTING else []  # or left from the last fit
             self._divide(trainer, trained)
@@ -259,7 +265,7 @@ class DSPStrategy(WholeModelStrategy):
     def _cut_once(self, trainer: Trainer) -> nn.Module:
         """Return the module that the blocks replace."""
         if self._owner is None:
-            self._owner, self._blocks = cut_model(trainer, self._count, self.module, self.split)
+            self._owner, self._blocks = partition(trainer, self._count, self.module, self.split)
         return self._owner
 
     def _own(self) -> tuple[list[set[str]], set[str]]:

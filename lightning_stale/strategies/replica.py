@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from lightning_stale.pipeline.ownership import gather_everywhere
 from lightning_stale.strategies.peers import PeerStrategy
+from lightning_stale.transport.groups import gather_everywhere
 
 TBroadcast = TypeVar("TBroadcast")
 

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from lightning_stale.pipeline import pieces
-from lightning_stale.pipeline.meta import assign, initialize, on_meta
-from lightning_stale.pipeline.ownership import move, tensors_of, without_meta
-from lightning_stale.pipeline.part import Part, give
+from lightning_stale.pipeline.divided import piecewise
+from lightning_stale.pipeline.divided.division import Division, give
+from lightning_stale.pipeline.divided.meta_device import assign, initialize, on_meta
+from lightning_stale.pipeline.divided.tensors import move, tensors_of, without_meta
 from lightning_stale.private import of_lightning
 from lightning_stale.strategies.replica import SingleReplicaStrategy
 
@@ -52,7 +52,7 @@ class WholeModelStrategy(SingleReplicaStrategy):
                 "their part) or 'all'"
             )
         self.gather = gather
-        self._part: Part | None = None
+        self._part: Division | None = None
         self._mapped: set[int] = set()  # ids of the tensors that lie in the file of a checkpoint
         self._values: Mapping[str, Tensor] | None = None  # of the checkpoint that is being made, on rank 0
 
@@ -123,7 +123,7 @@ class WholeModelStrategy(SingleReplicaStrategy):
         module = trainer.lightning_module
         own, readable = self._own()
         averages = of_lightning.averaged_models(trainer)
-        self._part = Part(
+        self._part = Division(
             module,
             own,
             readable,
@@ -161,14 +161,14 @@ class WholeModelStrategy(SingleReplicaStrategy):
     # --- moving values ----------------------------------------------------------------------------------------------
 
     def _gather_at_first(self, value: Any) -> list[Any] | None:
-        packed = pieces.Packed(value if self.global_rank > 0 else None)
+        packed = piecewise.Packed(value if self.global_rank > 0 else None)
         with self._all_ranks():
-            return self._guard(lambda: pieces.gather(packed, value, self.root_device))
+            return self._guard(lambda: piecewise.gather(packed, value, self.root_device))
 
     def _spread(self, values: list[Any] | None) -> Any:
-        packed = [pieces.Packed(value) for value in values or ()]
+        packed = [piecewise.Packed(value) for value in values or ()]
         with self._all_ranks():
-            return self._guard(lambda: pieces.spread(packed, values, self.root_device))
+            return self._guard(lambda: piecewise.spread(packed, values, self.root_device))
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -220,7 +220,7 @@ class WholeModelStrategy(SingleReplicaStrategy):
         completed = dict(checkpoint)
         for entry, value in checkpoint.items():
             try:
-                packed = pieces.Packed(value)
+                packed = piecewise.Packed(value)
             except (pickle.PicklingError, AttributeError, TypeError):
                 continue  # not for this way of writing, or its error
             if not any(tensor.is_meta for tensor in packed.tensors):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -46,6 +47,13 @@ def destroy(group: dist.ProcessGroup) -> None:
     if dist.is_initialized():
         with suppress(ValueError):  # destroyed with a run before this one
             dist.destroy_process_group(group)
+
+
+def gather_everywhere(value: Any) -> list[Any]:
+    """Return ``value`` of every rank, on all ranks."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _backend(group: dist.ProcessGroup) -> str:

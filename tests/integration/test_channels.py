@@ -19,9 +19,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
-from lightning_stale.pipeline.channels import ChannelError, ReceiveChannel, SendChannel, end
+from lightning_stale.pipeline.block import Block
+from lightning_stale.pipeline.channels.channel import ChannelError, end
+from lightning_stale.pipeline.channels.process import ReceiveChannel, SendChannel
 from lightning_stale.pipeline.pipeline import Pipeline
-from lightning_stale.pipeline.stage import Block, Stage
+from lightning_stale.pipeline.stage import Stage
 from lightning_stale.pipeline.staleness import Staleness
 from tests.integration.harness import run_workers
 from tests.unit.pipeline.test_values import REFUSED, Frozen, Pair

@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch.accelerators import CUDAAccelerator
 
 from lightning_stale import DSPStrategy, HPSGDStrategy, StaleSyncStrategy
-from lightning_stale.pipeline.channels import ReceiveChannel, SendChannel, end
+from lightning_stale.pipeline.channels.channel import end
+from lightning_stale.pipeline.channels.process import ReceiveChannel, SendChannel
 from tests.integration.harness import run_workers
 from tests.integration.models import Regression, assert_same, loader, trainer, weights
 from tests.integration.test_channels import gloo, keep_waiting

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.integration.harness import ROOT, run_script, script, wait_for_file
+from tests.integration.harness import PLAIN, run_script, script, wait_for_file
 
 LR_FIND = """
 from lightning.pytorch.tuner import Tuner
@@ -41,7 +41,7 @@ trainer(2, DSPStrategy(split=[3]), max_epochs=1).fit(Faulty(), batches(60))
 
 @pytest.mark.parametrize(("code", "returncode"), [(LR_FIND, 0), (FAULT, 1)], ids=["lr_find", "exception"])
 def test_no_rank_is_aborted(code: str, returncode: int, tmp_path: Path) -> None:
-    ended = run_script(code, tmp_path)
+    ended = run_script(code, tmp_path, env=PLAIN)
     assert ended.returncode == returncode, ended.output
     assert "terminate called" not in ended.output
 
@@ -82,7 +82,7 @@ main()
 )
 def test_sigterm_is_named_on_the_console_and_in_the_log(strategy: str, to: str, said: str, tmp_path: Path) -> None:
     """In a Hydra job, whose rank 0 waits for the others, and kills those that do not end."""
-    with script(APP, tmp_path, f"+strategy={strategy}", "hydra.run.dir=job", env={"PYTHONPATH": str(ROOT)}) as process:
+    with script(APP, tmp_path, f"+strategy={strategy}", "hydra.run.dir=job") as process:
         for rank in range(2):
             wait_for_file(tmp_path / f"under-way-{rank}")
         (child,) = (p for p in psutil.Process(process.pid).children() if p.environ().get("LOCAL_RANK") == "1")

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from lightning_stale.coordinator import connection
-from lightning_stale.coordinator.watchdog import GRACE_S
 from tests.integration.harness import ROOT, workers
 from tests.integration.models import Regression, loader, trainer
 
@@ -87,9 +86,8 @@ time.sleep(3600)
 
 SERVER = """
 import os, sys, time
-from lightning_stale.coordinator import watchdog
-watchdog.GRACE_S = 0.1
-watchdog.end_with(os.getppid(), sys.stdin.fileno())
+from lightning_stale.lifeline import end_with
+end_with(os.getppid(), sys.stdin.fileno(), grace_s=0.1)
 print("ready", flush=True)
 while True:
     time.sleep(0.1)
@@ -111,7 +109,3 @@ def test_a_process_that_has_not_come_to_serve_ends_with_its_parent() -> None:
     _, said = starter.communicate(timeout=60)  # the end of stderr, which the server has too, is the server's end
     assert "rank 0 has ended" in said
     assert 'File "<string>", line' in said, "where it was"
-
-
-def test_the_main_thread_has_time_to_tell_the_workers() -> None:
-    assert GRACE_S >= 3.0

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from tests.integration.harness import ROOT, Script, run_script
+from tests.integration.harness import ROOT, STARTUP, Script, run_script
 
 APP = """
 import json
@@ -88,7 +88,8 @@ def test_an_app_that_does_not_know_the_package(app: Path, tmp_path: Path) -> Non
 def test_an_app_can_name_a_strategy_without_an_import(first: str, app: Path, tmp_path: Path) -> None:
     code = first + APP.replace("from lightning.pytorch.demos.boring_classes import BoringModel\n", "")
     site, result = install(tmp_path / "site"), tmp_path / "result.json"
-    ended = run_script(code, app, "trainer.strategy=dssp", f"result={result}", env={"PYTHONPATH": str(site)})
+    path = f"{site}{os.pathsep}{STARTUP}"
+    ended = run_script(code, app, "trainer.strategy=dssp", f"result={result}", env={"PYTHONPATH": path})
     assert ended.returncode == 0, ended.output
     summary = json.loads(result.read_text())
     assert summary["paradigm"] == "DSSP(lower=3, upper=15, enforce_upper=True)"

@@ -17,10 +17,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _world
 
-from lightning_stale.pipeline.channels import ChannelError, ReceiveChannel, SendChannel, end
-from lightning_stale.pipeline.links import Links, destroy_mesh, stage_mesh
+from lightning_stale.pipeline.channels.channel import ChannelError, end
+from lightning_stale.pipeline.channels.links import Links, destroy_mesh, stage_mesh
+from lightning_stale.pipeline.channels.process import ReceiveChannel, SendChannel
+from lightning_stale.pipeline.channels.transfer import GrantedTransfer
 from lightning_stale.pipeline.staleness import Staleness
-from lightning_stale.pipeline.transfer import GrantedTransfer
 from lightning_stale.transport.groups import break_off, destroy, new_group
 from tests.integration.harness import run_workers
 from tests.integration.test_channels import CPU, MESSAGES, assert_same_tree, keep_waiting

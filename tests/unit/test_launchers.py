@@ -7,7 +7,6 @@ import os
 import pickle
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -148,20 +147,6 @@ def test_a_rank_that_has_died_leaves_no_other_one_in_a_collective(app: Any, monk
     current._watch()
     assert current._ranks[2].returncode == -9
     assert aborted
-
-
-def test_a_process_ends_with_its_parent() -> None:
-    child = "from lightning_stale.launchers.lifeline import end_with; import os, time; end_with(os.getppid(), 0.0);"
-    parent = (
-        "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', "
-        f'"{child} print(os.getpid(), flush=True); time.sleep(600)"], stdout=subprocess.PIPE);'
-        "print(p.stdout.readline().decode(), flush=True)"
-    )
-    pid = int(subprocess.run([sys.executable, "-c", parent], capture_output=True, check=True, timeout=60).stdout)
-    deadline = time.monotonic() + 20
-    while Path(f"/proc/{pid}").exists() and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 # --- the seams in Lightning -------------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_stale import DSPStrategy
+from lightning_stale.pipeline.block import Block
 from lightning_stale.pipeline.pipeline import Pipeline
-from lightning_stale.pipeline.stage import Block, Stage
+from lightning_stale.pipeline.stage import Stage
 from tests.integration.models import assert_same, trainer, weights
 from tests.unit.pipeline.forwards import CASES, Model, Snapshots, Twice, loader, rows
 

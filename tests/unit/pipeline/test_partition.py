@@ -16,17 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_stale import DSPStrategy
-from lightning_stale.pipeline.partition import (
-    CannotCutError,
-    check_cut_points,
-    count_parameters,
-    cut_points,
-    cut_sequential,
-    cut_traced,
-    find_body,
-    measure_layers,
-)
-from lightning_stale.pipeline.stage import Block, check_disjoint
+from lightning_stale.pipeline.block import Block
+from lightning_stale.pipeline.partition.body import find_body
+from lightning_stale.pipeline.partition.costs import count_parameters, measure_layers
+from lightning_stale.pipeline.partition.disjoint import check_disjoint
+from lightning_stale.pipeline.partition.errors import PartitionError
+from lightning_stale.pipeline.partition.sequential import balanced_starts, check_starts, partition_sequential
+from lightning_stale.pipeline.partition.traced import partition_traced
 from tests.integration.models import trainer
 from tests.unit.pipeline.networks import GPT, Branching, Chain, ResNet, Skips, batches
 
@@ -44,8 +40,8 @@ def test_twenty_uneven_layers_are_balanced_within_ten_percent(stages: int) -> No
     widths = [30, 34, 32, 40, 36, 30, 44, 38, 32, 30, 46, 34, 30, 42, 36, 40, 32, 38, 34, 44, 30]
     body = nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(widths)))
     assert len(body) == 20
-    starts = cut_points([count_parameters(layer) for layer in body], stages)
-    blocks = [count_parameters(block) for block in cut_sequential(body, starts)]
+    starts = balanced_starts([count_parameters(layer) for layer in body], stages)
+    blocks = [count_parameters(block) for block in partition_sequential(body, starts)]
     assert sum(blocks) == count_parameters(body)
     assert max(blocks) <= 1.1 * sum(blocks) / stages
 
@@ -54,15 +50,15 @@ def test_twenty_uneven_layers_are_balanced_within_ten_percent(stages: int) -> No
 @given(costs=st.lists(st.integers(0, 20), min_size=1, max_size=8), data=st.data())
 def test_no_other_cut_is_better_balanced(costs: list[float], data: st.DataObject) -> None:
     stages = data.draw(st.integers(1, len(costs)))
-    starts = cut_points(costs, stages)
+    starts = balanced_starts(costs, stages)
     best = min(max(costs_of(costs, list(other))) for other in itertools.combinations(range(1, len(costs)), stages - 1))
     assert max(costs_of(costs, starts)) == best
-    assert check_cut_points(starts, len(costs), stages) == starts
+    assert check_starts(starts, len(costs), stages) == starts
 
 
 def test_fewer_layers_than_stages_is_an_error() -> None:
-    with pytest.raises(CannotCutError, match=r"2 layers cannot be cut into 3 blocks: write stages=2 or less"):
-        cut_points([1, 1], 3)
+    with pytest.raises(PartitionError, match=r"2 layers cannot be cut into 3 blocks: write stages=2 or less"):
+        balanced_starts([1, 1], 3)
 
 
 @pytest.mark.parametrize(
@@ -76,13 +72,13 @@ def test_fewer_layers_than_stages_is_an_error() -> None:
     ],
 )
 def test_integers_that_make_no_blocks_are_an_error(split: list[int], says: str) -> None:
-    with pytest.raises(CannotCutError, match=says):
-        check_cut_points(split, layers=10, stages=3)
+    with pytest.raises(PartitionError, match=says):
+        check_starts(split, layers=10, stages=3)
 
 
 def test_integers_say_where_further_blocks_start() -> None:
     body = nn.Sequential(*(nn.Linear(2, 2) for _ in range(5)))
-    cut = cut_sequential(body, check_cut_points([1, 4], 5, 3))
+    cut = partition_sequential(body, check_starts([1, 4], 5, 3))
     assert [[name for name, _ in block.named_children()] for block in cut] == [["0"], ["1", "2", "3"], ["4"]]
     assert list(cut[1].children()) == list(body.children())[1:4], "the layers themselves, not copies"
 
@@ -113,8 +109,8 @@ class Sleeping(Chain):
 def test_split_by_time_measures_what_training_will_run_and_changes_nothing() -> None:
     model = Sleeping()
     seconds = measure_layers(model.net, torch.zeros(4, 6), repetitions=2)
-    assert cut_points(seconds, 3) == [3, 4]
-    assert cut_points([count_parameters(layer) for layer in model.net], 3) == [1, 2], "parameters say otherwise"
+    assert balanced_starts(seconds, 3) == [3, 4]
+    assert balanced_starts([count_parameters(layer) for layer in model.net], 3) == [1, 2], "parameters say otherwise"
     assert all(buffer == 0 for buffer in model.net.buffers())
     assert all(parameter.grad is None for parameter in model.net.parameters())
 
@@ -183,9 +179,9 @@ def test_a_compiled_body_is_seen_through() -> None:
 
 
 def test_what_is_not_there_is_named_with_the_alternatives() -> None:
-    with pytest.raises(CannotCutError, match=r"module='boby' is not a module of Holder: it has 'body', 'body.0'"):
+    with pytest.raises(PartitionError, match=r"module='boby' is not a module of Holder: it has 'body', 'body.0'"):
         find_body(Holder(body=nn.Sequential(nn.Linear(2, 2))), "boby", sequential=True)
-    with pytest.raises(CannotCutError, match=r"Holder has no nn.Sequential .*split=.*module=.*configure_stages"):
+    with pytest.raises(PartitionError, match=r"Holder has no nn.Sequential .*split=.*module=.*configure_stages"):
         find_body(Holder(net=nn.Linear(2, 2)), None, sequential=True)
 
 
@@ -225,7 +221,7 @@ def test_the_blocks_composed_are_the_original_bit_for_bit(network: Any, names: l
     torch.manual_seed(1)
     original = network()
     body = copy.deepcopy(original)
-    blocks = cut_traced(body, names, "net")
+    blocks = partition_traced(body, names, "net")
     check_disjoint([Block(block) for block in blocks])
     assert sum(count_parameters(block) for block in blocks) == count_parameters(original)
     rest = (None,) if network is GPT else ()
@@ -243,7 +239,7 @@ def test_the_blocks_composed_are_the_original_bit_for_bit(network: Any, names: l
 
 
 def test_a_block_starts_where_its_name_says() -> None:
-    blocks = cut_traced(ResNet(), ["layer2", "layer3"], "net")
+    blocks = partition_traced(ResNet(), ["layer2", "layer3"], "net")
     first = [name.split(".")[0] for name, _ in blocks[0].named_parameters()]
     second = {name.split(".")[0] for name, _ in blocks[1].named_parameters()}
     third = {name.split(".")[0] for name, _ in blocks[2].named_parameters()}
@@ -256,7 +252,7 @@ def test_a_traced_model_follows_train_and_eval() -> None:
     torch.manual_seed(1)
     original = GPT(dropout=0.5)
     body = copy.deepcopy(original)
-    blocks = cut_traced(body, ["h.2"], "net")
+    blocks = partition_traced(body, ["h.2"], "net")
     for mode in (True, False, True):
         original.train(mode)
         body.train(mode)
@@ -299,7 +295,7 @@ def same_draws(body: nn.Module, blocks: list[nn.Module]) -> None:
 
 def test_parts_may_be_frozen_and_schedules_change_what_a_forward_reads_after_the_cut() -> None:
     body = Outer()
-    blocks = cut_traced(body, ["two"], "net")
+    blocks = partition_traced(body, ["two"], "net")
     same_draws(body, blocks)
     body.one.eval()  # as a hook does that freezes a part at the start of an epoch
     same_draws(body, blocks)
@@ -320,14 +316,14 @@ def test_a_mode_that_the_trace_has_not_seen_is_an_error_with_the_cure() -> None:
             return self.three(super().forward(x))
 
     body = Nested()
-    blocks = cut_traced(body, ["three.two"], "net")
+    blocks = partition_traced(body, ["three.two"], "net")
     same_draws(body, blocks)
     body.three.eval()
     with pytest.raises(
         RuntimeError, match=r"Outer is in eval mode, .* put it there before fit, or define configure_st"
     ):
         compose(blocks, rows(5))
-    blocks = cut_traced(body, ["three.two"], "net")  # before fit
+    blocks = partition_traced(body, ["three.two"], "net")  # before fit
     same_draws(body, blocks)
 
 
@@ -351,7 +347,7 @@ def test_a_result_that_is_asked_what_it_is_is_traced_through() -> None:
             return x
 
     body = Reads()
-    assert torch.equal(compose(cut_traced(body, ["two"], "net"), rows(3)), body(rows(3)))
+    assert torch.equal(compose(partition_traced(body, ["two"], "net"), rows(3)), body(rows(3)))
 
 
 def test_cutting_leaves_the_state_dict_as_it_was() -> None:
@@ -368,20 +364,20 @@ def test_cutting_leaves_the_state_dict_as_it_was() -> None:
 
     body = Outside()
     names = list(body.state_dict())
-    blocks = cut_traced(body, ["two"], "net")
+    blocks = partition_traced(body, ["two"], "net")
     assert torch.equal(compose(blocks, rows(3)), body(rows(3)))
     assert list(body.state_dict()) == names
 
 
 def test_what_cannot_be_cut_gets_an_error_with_the_alternatives() -> None:
-    with pytest.raises(CannotCutError, match=r"net \(Branching\) cannot be traced") as raised:
-        cut_traced(Branching(), ["two"], "net")
+    with pytest.raises(PartitionError, match=r"net \(Branching\) cannot be traced") as raised:
+        partition_traced(Branching(), ["two"], "net")
     for alternative in ("nn.Sequential", "DSPStrategy(module=...)", "configure_stages()"):
         assert alternative in str(raised.value)
-    with pytest.raises(CannotCutError, match=r"'layer9' is not a submodule of net; it has 'conv1', 'bn1', .*'layer3'"):
-        cut_traced(ResNet(), ["layer2", "layer9"], "net")
-    with pytest.raises(CannotCutError, match=r"'layer1' is not called after the ones before it in net"):
-        cut_traced(ResNet(), ["layer2", "layer1"], "net")
+    with pytest.raises(PartitionError, match=r"'layer9' is not a submodule of net; it has 'conv1', 'bn1', .*'layer3'"):
+        partition_traced(ResNet(), ["layer2", "layer9"], "net")
+    with pytest.raises(PartitionError, match=r"'layer1' is not called after the ones before it in net"):
+        partition_traced(ResNet(), ["layer2", "layer1"], "net")
 
 
 class Tied(nn.Module):
@@ -397,7 +393,7 @@ class Tied(nn.Module):
 
 
 def test_a_parameter_shared_across_a_cut_is_an_error() -> None:
-    blocks = [Block(block) for block in cut_traced(Tied(), ["middle"], "net")]
+    blocks = [Block(block) for block in partition_traced(Tied(), ["middle"], "net")]
     with pytest.raises(ValueError, match=r"blocks 0 and 1 share a parameter \('wte.weight' and 'head.weight'\)"):
         check_disjoint(blocks)
 
@@ -418,18 +414,20 @@ class Everywhere(nn.Module):
 
 def test_a_buffer_of_all_blocks_is_held_by_each_and_a_parameter_refused() -> None:
     model = Everywhere(parameter=False)
-    blocks = cut_traced(model, ["two", "three"], "net")
+    blocks = partition_traced(model, ["two", "three"], "net")
     features = Block(blocks[1], spreads=True)(Block(blocks[0], spreads=True)((rows(4),)))
     assert len(features) == 1, "the buffer does not travel"
     assert torch.equal(blocks[2](*features), model(rows(4)))
     with pytest.raises(ValueError, match=r"blocks 0 and 2 share a parameter \('gain' and 'gain'\)"):
-        check_disjoint([Block(block) for block in cut_traced(Everywhere(parameter=True), ["two", "three"], "net")])
+        check_disjoint(
+            [Block(block) for block in partition_traced(Everywhere(parameter=True), ["two", "three"], "net")]
+        )
 
 
 def test_a_module_that_comes_twice_runs_twice() -> None:
     activation = nn.ReLU()
     body = nn.Sequential(nn.Linear(4, 4), activation, nn.Linear(4, 4), activation, nn.Linear(4, 4))
-    blocks = cut_sequential(body, [2])
+    blocks = partition_sequential(body, [2])
     x = torch.randn(3, 4)
     assert [len(block) for block in blocks] == [2, 3]
     assert torch.equal(blocks[1](blocks[0](x)), body(x))

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_stale.pipeline.randomness import RandomState, derive, kept, replay
-from lightning_stale.pipeline.stage import Block, Stage
-from lightning_stale.pipeline.streams import DerivedStreams, Streams, TravellingStream
+from lightning_stale.pipeline.alike.random_state import RandomState, derive, kept, replay
+from lightning_stale.pipeline.alike.random_streams import DerivedStreams, Streams, TravellingStream
+from lightning_stale.pipeline.block import Block
+from lightning_stale.pipeline.stage import Stage
 
 
 def draw() -> tuple[Any, ...]:

@@ -12,8 +12,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map
 
 from lightning_stale import DSPStrategy
+from lightning_stale.pipeline.block import Block
 from lightning_stale.pipeline.pipeline import Pipeline
-from lightning_stale.pipeline.stage import Block, Stage
+from lightning_stale.pipeline.stage import Stage
 from tests.integration.models import assert_same, trainer, weights
 from tests.unit.pipeline.networks import Chain, batches
 

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_stale import DSPStrategy
-from lightning_stale.pipeline.partition import CannotCutError, cut_traced, resolve
-from lightning_stale.pipeline.stage import Block
+from lightning_stale.pipeline.block import Block
+from lightning_stale.pipeline.partition.body import resolve
+from lightning_stale.pipeline.partition.errors import PartitionError
+from lightning_stale.pipeline.partition.traced import partition_traced
 from tests.integration.models import trainer
 from tests.unit.pipeline.networks import Branching, Chain, ResNet, batches
 
@@ -111,7 +113,7 @@ def tokens() -> Tensor:
 def test_children_without_a_name_in_them_do_as_they_like(network: Any, names: list[str], inputs: Any) -> None:
     torch.manual_seed(0)
     original = network()
-    blocks = cut_traced(copy.deepcopy(original), names, "net")
+    blocks = partition_traced(copy.deepcopy(original), names, "net")
     assert len(blocks) == len(names) + 1
     assert torch.equal(run(blocks, *inputs()), original(*inputs()))
 
@@ -136,7 +138,7 @@ class Demanding(Three):
 
 def test_what_a_forward_demands_is_traced_and_still_demanded() -> None:
     model = Demanding()
-    blocks = cut_traced(model, ["two"], "net")
+    blocks = partition_traced(model, ["two"], "net")
     assert torch.equal(run(blocks, rows()), model(rows()))
     with pytest.raises(ValueError, match=r"do not meet what the model demands .*assert width <= 6"):
         run(blocks, torch.zeros(3, 7))
@@ -159,8 +161,8 @@ class Alternative(Three):
 
 @pytest.mark.parametrize("network", [Chained, Alternative])
 def test_a_demand_of_which_a_part_may_go_either_way_is_a_branch(network: Any) -> None:
-    with pytest.raises(CannotCutError, match="branches on a value"):
-        cut_traced(network(), ["three"], "net")
+    with pytest.raises(PartitionError, match="branches on a value"):
+        partition_traced(network(), ["three"], "net")
 
 
 # --- arguments with defaults ------------------------------------------------------------------------------------------
@@ -173,7 +175,7 @@ class Optional(Three):
 
 def test_arguments_keep_their_defaults() -> None:
     model = Optional()
-    blocks = cut_traced(model, ["three"], "net")
+    blocks = partition_traced(model, ["three"], "net")
     assert torch.equal(run(blocks, rows(), None, (), 2.0, {}), model(rows()))
     for values, name in (
         ((torch.ones(6), (), 2.0, {}), "mask=a tensor of shape"),
@@ -248,8 +250,8 @@ FAILURES: list[tuple[Any, list[str], str]] = [
 
 @pytest.mark.parametrize(("network", "names", "says"), FAILURES)
 def test_the_true_cause_and_the_line_are_named(network: Any, names: list[str], says: str) -> None:
-    with pytest.raises(CannotCutError, match=says) as raised:
-        cut_traced(network(), names, "net")
+    with pytest.raises(PartitionError, match=says) as raised:
+        partition_traced(network(), names, "net")
     assert "configure_stages()" in str(raised.value)
 
 
@@ -271,14 +273,14 @@ class Cured(Three):
 
 def test_the_cure_works() -> None:
     model = Cured()
-    blocks = cut_traced(model, ["two"], "net")
+    blocks = partition_traced(model, ["two"], "net")
     for sign in (1, -1):
         assert torch.equal(run(blocks, sign * rows()), model(sign * rows()))
 
 
 def test_a_name_within_a_compiled_child_is_an_error() -> None:
-    with pytest.raises(CannotCutError, match=r"'compiled.1' lies within 'compiled' of net, which is compiled as one"):
-        cut_traced(Children(), ["compiled.1"], "net")
+    with pytest.raises(PartitionError, match=r"'compiled.1' lies within 'compiled' of net, which is compiled as one"):
+        partition_traced(Children(), ["compiled.1"], "net")
 
 
 def test_a_hugging_face_model_is_sent_to_configure_stages() -> None:
@@ -287,8 +289,8 @@ def test_a_hugging_face_model_is_sent_to_configure_stages() -> None:
     class Model(Branching):
         __module__ = "transformers.models.gpt2.modeling_gpt2"
 
-    with pytest.raises(CannotCutError, match=r"makes arguments and masks .*define configure_stages\(\).*GPT-2"):
-        cut_traced(Model(), ["two"], "net")
+    with pytest.raises(PartitionError, match=r"makes arguments and masks .*define configure_stages\(\).*GPT-2"):
+        partition_traced(Model(), ["two"], "net")
 
 
 # --- names, and how many ----------------------------------------------------------------------------------------------

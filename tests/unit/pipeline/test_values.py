@@ -16,10 +16,11 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils import _pytree as pytree
 
 from lightning_stale import DSPStrategy
-from lightning_stale.pipeline import strides
+from lightning_stale.pipeline.block import Block
 from lightning_stale.pipeline.pipeline import Pipeline
-from lightning_stale.pipeline.stage import Block, Stage
-from lightning_stale.pipeline.values import map_tensors, put_together, take_apart, tensors
+from lightning_stale.pipeline.stage import Stage
+from lightning_stale.pipeline.values import strides
+from lightning_stale.pipeline.values.trees import map_tensors, put_together, take_apart, tensors
 from tests.integration.models import trainer
 from tests.unit.pipeline.forwards import CASES, Model, loader
 

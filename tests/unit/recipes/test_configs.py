@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_stale.pipeline.partition import count_parameters
+from lightning_stale.pipeline.partition.costs import count_parameters
 from recipes.data.base import ImageDataModule
 from tests.integration.harness import ROOT
 

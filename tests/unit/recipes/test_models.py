@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_stale.pipeline.partition import count_parameters, cut_points, cut_sequential
+from lightning_stale.pipeline.partition.costs import count_parameters
+from lightning_stale.pipeline.partition.sequential import balanced_starts, partition_sequential
 from recipes.models import alexnet_small, cifar_resnet, digits_cnn, resnet
 from recipes.models.blocks import Padding
 
@@ -152,7 +153,7 @@ def test_cut_at_each_place(name: str) -> None:
     assert type(model) is nn.Sequential
     expected = model(x)
     for start in range(1, len(model)):
-        assert torch.equal(run(cut_sequential(model, [start]), x), expected), start
+        assert torch.equal(run(partition_sequential(model, [start]), x), expected), start
 
 
 @pytest.mark.parametrize("name", {**SMALL, **DEEP})
@@ -162,7 +163,7 @@ def test_cut_into_any_number_of_stages(name: str) -> None:
     expected = model(x)
     costs = [count_parameters(layer) for layer in model]
     for stages in (3, len(model)):
-        blocks = cut_sequential(model, cut_points(costs, stages))
+        blocks = partition_sequential(model, balanced_starts(costs, stages))
         assert len(blocks) == stages
         assert torch.equal(run(blocks, x), expected)
 
@@ -175,7 +176,7 @@ def test_stages_have_the_gradients_of_the_whole(name: str) -> None:
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     inputs, outputs = [x], []
-    for block in cut_sequential(model, range(1, len(model))):
+    for block in partition_sequential(model, range(1, len(model))):
         outputs.append(block(inputs[-1]))
         inputs.append(outputs[-1].detach().requires_grad_())
     inputs[-1].square().sum().backward()

@@ -1,0 +1,1 @@
+"""What moves features and gradients between the stages of two processes, or of one."""

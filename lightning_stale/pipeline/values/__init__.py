@@ -1,0 +1,1 @@
+"""What may travel between two stages: trees of tensors, and tensors with their strides."""
