@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_stale.coordinator.process import ChildProcess
 from lightning_stale.paradigms import Paradigm
-from lightning_stale.parameter_server.apply import ApplyRule
+from lightning_stale.parameter_server.apply import ApplyRule, Plain
 from lightning_stale.parameter_server.pickling import dump_optimizers, memory_of
 from lightning_stale.transport.credentials import Credentials
 from lightning_stale.transport.layout import Layout
@@ -56,13 +56,13 @@ class ServerProcess(ChildProcess):
         parameters: Sequence[Tensor],
         optimizers: Sequence[Optimizer],
         paradigm: Paradigm,
-        apply: ApplyRule,
         world_size: int,
         credentials: Credentials,
         host: str,
         folder: str,
         local_workers: int = 0,
         snapshot: Mapping[str, Any] | None = None,
+        apply: ApplyRule | None = None,
     ) -> int:
         """Send the job, and return the port once the server listens.
 
@@ -70,13 +70,13 @@ class ServerProcess(ChildProcess):
             parameters: the initial weights.
             optimizers: the user's, over ``parameters``, with the state to start from.
             paradigm: the gate.
-            apply: how a push is applied.
             world_size: the number of workers.
             credentials: of the run.
             host: the address to listen on.
             folder: where shared memory is made.
             local_workers: those that share memory with the server; for others it is made when they connect.
-            snapshot: the clocks of a checkpoint.
+            snapshot: the clocks of a checkpoint, and what the apply rule remembers.
+            apply: how a push is applied; ``None``: as it is.
 
         Raises:
             OptimizerPicklingError: if an optimizer cannot be sent.
@@ -89,7 +89,7 @@ class ServerProcess(ChildProcess):
             optimizers=dumped,
             buffers=[buffer.numel() for buffer in buffers],
             paradigm=paradigm,
-            apply=apply,
+            apply=apply or Plain(),
             world_size=world_size,
             host=host,
             folder=folder,

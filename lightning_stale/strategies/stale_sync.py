@@ -371,13 +371,13 @@ class StaleSyncStrategy(StaleStrategy):
             parameters,
             self.optimizers,
             self.paradigm,
-            self.apply,
             self.world_size,
             credentials,
             host=host,
             folder=self._choose_folder(layout),
             local_workers=self.num_processes if self._shares_memory() else 0,
             snapshot=self._snapshot,
+            apply=self.apply,
         )
         return Endpoint(
             address=f"tcp://{reached_at}:{port}",

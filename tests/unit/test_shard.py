@@ -984,6 +984,8 @@ PUSH = {
     **{"nbytes": 28, "wait_s": 0.0, "compute_s": 0.0},
 }
 
+RELEASED = {"version": 0, "clock": 0, "lead": 0, "staleness": 0, "applied": True, "nbytes": 0}
+
 
 @pytest.mark.parametrize(
     ("frames", "text"),
@@ -991,7 +993,7 @@ PUSH = {
         ([b"\xc1"], "not msgpack"),
         ([], "not msgpack"),
         ([wire.encode_message("hello", rank=0, pid=1, shared=False)], "unexpected 'hello'"),
-        ([wire.encode_message("released", version=0, clock=0, lead=0, staleness=0, nbytes=0)], "unexpected 'released'"),
+        ([wire.encode_message("released", **RELEASED)], "unexpected 'released'"),
         ([wire.encode_message("push", **{**PUSH, "optimizer": 1})], "a push for optimizer 1"),
         ([wire.encode_message("push", **{**PUSH, "optimizer": -1})], "a push for optimizer -1"),
         ([wire.encode_message("push", **{**PUSH, "used": [True]})], "a push for 1 parameters"),
