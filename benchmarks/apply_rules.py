@@ -1,4 +1,4 @@
-"""Accuracy of the apply rules at equal samples, 3 seeds: eight workers learn handwritten digits at a high learning rate.
+"""Accuracy of the apply rules at equal samples, 3 seeds: eight workers learn handwritten digits at a high rate.
 
 The workers are emulated in one process, in the order in which eight that run in parallel would push: a step takes
 20 ms +- 20 %, and one in seven of them five times as long, as in experiment=digits. So two cores are enough, what else

@@ -80,11 +80,9 @@ class StalenessMonitor(Callback):
         except MisconfigurationException:  # Lightning cannot tell how large such a batch is
             pass
         pl_module.log_dict(values, on_step=True, on_epoch=False, prog_bar=self.prog_bar, batch_size=1)
-        if type(trainer.strategy.apply) is not Plain:
-            refused = float(not release.applied)
-            pl_module.log("staleness/refused", refused, on_step=True, on_epoch=False, batch_size=1)
         bounds = {f"staleness/{name}": float(value) for name, value in trainer.strategy.paradigm.thresholds.items()}
-        pl_module.log_dict(bounds, on_step=True, on_epoch=False, batch_size=1)
+        refused = {} if type(trainer.strategy.apply) is Plain else {"staleness/refused": float(not release.applied)}
+        pl_module.log_dict({**bounds, **refused}, on_step=True, on_epoch=False, batch_size=1)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table."""
@@ -99,7 +97,8 @@ def summary_table(summary: dict[str, Any]) -> Table:
     name = summary["paradigm"] if rule == "Plain()" else f"{summary['paradigm']}, {rule}"
     table = Table(title=f"{name}: {summary['updates']} updates", box=box.SIMPLE_HEAD)
     refused = ["refused"] if any(worker.get("refused") for worker in summary["workers"]) else []
-    for heading in ("rank", "pushes", *refused, "lead (max)", "staleness (max)", "waited", "of the time"):
+    share = "share" if refused else "of the time"  # 80 columns
+    for heading in ("rank", "pushes", *refused, "lead (max)", "staleness (max)", "waited", share):
         table.add_column(heading, justify="right", no_wrap=True)
     for worker in summary["workers"]:
         total_s = max(worker["wait_s"] + worker["compute_s"], 1e-9)
