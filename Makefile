@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint bench
+.PHONY: quickstart test soak lint docs bench
 
 quickstart: .venv/.installed
 	$(BIN)/python recipes/train.py -m experiment=digits trainer/strategy=ddp,bsp,ssp,dssp hydra.sweep.dir=outputs/quickstart
@@ -11,10 +11,16 @@ quickstart: .venv/.installed
 test: .venv/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
+soak: .venv/.installed
+	LIGHTNING_STALE_SOAK_EVENTS=1000000 $(BIN)/python -m pytest -s tests/unit/coordinator/test_machine.py
+
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: .venv/.installed
 	$(BIN)/python benchmarks/exchange.py

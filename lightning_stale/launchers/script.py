@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
-
 from lightning_stale.failures import RunFailedError
-from lightning_stale.launchers.job import arrive, current_job
-from lightning_stale.private import of_lightning, of_torch
+from lightning_stale.launchers.hydra.job import arrive, current_job
+from lightning_stale.private import of_launchers, of_torch
+from lightning_stale.private.of_launchers import SubprocessScriptLauncher
 
 _DEATH_S = 10.0
 """A connection breaks a moment before the process that held it has ended."""
 
 
-class ScriptLauncher(_SubprocessScriptLauncher):
+class ScriptLauncher(SubprocessScriptLauncher):
     """Lightning's launcher by popen; in a Hydra job, each rank gets the job's config, and ends with the job."""
 
     @property
@@ -30,7 +29,7 @@ class ScriptLauncher(_SubprocessScriptLauncher):
 
 
 def launch(
-    launcher: _SubprocessScriptLauncher, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any
+    launcher: SubprocessScriptLauncher, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any
 ) -> Any:
     """Start the ranks, and call ``function(*args, **kwargs)``.
 
@@ -42,16 +41,16 @@ def launch(
     """
     job = current_job()
     if job is None:
-        return of_lightning.lightnings_launch(launcher, function, *args, trainer=trainer, **kwargs)
+        return of_launchers.lightnings_launch(launcher, function, *args, trainer=trainer, **kwargs)
     environment, num_processes = launcher.cluster_environment, launcher.num_processes
     environment.validate_settings(num_devices=num_processes, num_nodes=launcher.num_nodes)
     try:
         if environment.creates_processes_externally:
             arrive()
         else:
-            of_lightning.announce(launcher)
+            of_launchers.announce(launcher)
             launcher.procs = job.start(num_processes)
-        of_lightning.share_threads(num_processes)
+        of_launchers.share_threads(num_processes)
         return function(*args, **kwargs)
     except BaseException as error:
         job.failed = True

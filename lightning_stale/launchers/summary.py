@@ -6,22 +6,22 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
-from lightning_stale.launchers.job import leave_group_of_one
+from lightning_stale.launchers.hydra.job import leave_group_of_one
+from lightning_stale.private.of_launchers import MultiProcessingLauncher, forks
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 
-class SummaryLauncher(_MultiProcessingLauncher):
+class SummaryLauncher(MultiProcessingLauncher):
     """Lightning's spawn and fork launcher; brings ``strategy.summary()`` of rank 0 back to the main process."""
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
         if trainer is not None:
             trainer.strategy.check_before_launch(trainer)  # type: ignore[attr-defined]
         leave_group_of_one()
-        if self._start_method == "fork":
+        if forks(self):
             function = _with_one_thread(function)
         return super().launch(function, *args, trainer=trainer, **kwargs)
 

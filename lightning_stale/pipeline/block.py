@@ -1,4 +1,4 @@
-"""A part of the model that one stage runs."""
+"""Consecutive layers, which one stage runs."""
 
 from __future__ import annotations
 

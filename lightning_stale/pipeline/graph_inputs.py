@@ -13,7 +13,7 @@ class GraphInputs:
     """Inputs of a block, each requiring a gradient if the given tensor does.
 
     Gradients are taken as autograd passes them on: ``Tensor.grad`` would have the strides of its tensor, and kernels
-    before the cut would round otherwise than without one.
+    of the block before would round otherwise than in one graph.
 
     Args:
         given: what a stage before has made, or data.

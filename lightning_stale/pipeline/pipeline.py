@@ -23,6 +23,21 @@ class Pipeline:
         gradients_out: gradients to the stage before.
         first: the number of the first of them.
         streams: which random numbers are drawn.
+
+    Example::
+
+        >>> import torch
+        >>> from lightning_stale.pipeline.block import Block
+        >>> from lightning_stale.pipeline.pipeline import Pipeline
+        >>> from lightning_stale.pipeline.stage import Stage
+        >>> blocks = [Block(torch.nn.Linear(4, 4)) for _ in range(2)]
+        >>> pipeline = Pipeline([Stage(blocks[0], 1, first=True), Stage(blocks[1], 0, last=True)])
+        >>> for n in range(3):  # m = (1, 0): the first stage's backward is one batch behind
+        ...     (y,) = pipeline.forward((torch.ones(2, 4),))
+        ...     y.sum().backward()
+        ...     pipeline.backward()
+        >>> [stage.pending for stage in pipeline.stages]
+        [[2], []]
     """
 
     def __init__(

@@ -1,8 +1,9 @@
-"""What stands for the forward of a module while it is cut."""
+"""What stands for the forward of a module while blocks replace it."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -29,3 +30,15 @@ class ReplacedForward:
 
     def __reduce__(self) -> Any:
         return getattr, (self._owner, "forward")  # of the class: when it is loaded, the instance has no other yet
+
+
+def positional(owner: nn.Module) -> Callable[..., tuple[Any, ...]]:
+    """Return what brings the arguments of a call of ``owner`` into the order of its signature, defaults included."""
+    signature = inspect.signature(type(owner).forward)
+
+    def bind(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        bound = signature.bind(owner, *args, **kwargs)
+        bound.apply_defaults()
+        return tuple(bound.arguments.values())[1:]
+
+    return bind

@@ -39,6 +39,10 @@ class _Pending:
 class Stage:
     """Stage ``k`` of the pipeline: owns block ``k`` and what its backward still needs.
 
+    In iteration ``n`` it computes ``h_{k+1}^n = f_k(h_k^n; w_k)``, and for batch ``j = n - m_k`` the gradients of
+    ``w_k`` and ``h_k^j`` from that of ``h_{k+1}^j`` (arXiv 1909.02625, Algorithm 1): with ``recompute`` at the weights
+    of now, which is the paper's, or else at those of the forward.
+
     Args:
         block: the block.
         staleness: ``m_k``.
@@ -47,6 +51,20 @@ class Stage:
         first: whether its inputs are data, of any type, which need no gradient.
         last: whether its result goes to the loss; its graph is kept, and ``staleness`` is 0.
         context: entered around each run of the block (autocast, say).
+
+    Example::
+
+        >>> import torch
+        >>> from lightning_stale.pipeline.block import Block
+        >>> from lightning_stale.pipeline.stage import Stage
+        >>> stage = Stage(Block(torch.nn.Linear(3, 2)), staleness=1)
+        >>> for n in range(2):
+        ...     (sent,) = stage.forward(n, (torch.ones(4, 3, requires_grad=True),))
+        >>> sent.shape, stage.pending
+        (torch.Size([4, 2]), [0, 1])
+        >>> (gradient,) = stage.backward(0, [torch.ones(4, 2)])
+        >>> gradient.shape, stage.pending
+        (torch.Size([4, 3]), [1])
     """
 
     def __init__(
@@ -75,7 +93,7 @@ class Stage:
         return list(self._pending)
 
     def forward(self, batch: int, features: Features) -> Features:
-        """Run the block on ``features`` of ``batch``; return its result.
+        """Run the block on ``features`` of ``batch``; return its result, a tuple of the next block's arguments.
 
         Unless this is the last stage, the result has no graph, and its tensors require a gradient where the backward of
         ``batch`` has use for one.
@@ -123,8 +141,15 @@ class Stage:
     def backward(self, batch: int, gradients: Gradients) -> Gradients:
         """Back-propagate ``gradients`` of the result of ``batch``; gradients of the parameters accumulate as usual.
 
+        Args:
+            batch: the oldest of :attr:`pending`.
+            gradients: one for each tensor of the result that required a gradient, of its shape.
+
         Returns:
             The gradients of the inputs.
+
+        Raises:
+            RuntimeError: if the block has done something else when it ran again than the first time.
         """
         pending = self._pending[batch]
         with nullcontext() if pending.weights is None else pending.weights.in_place():

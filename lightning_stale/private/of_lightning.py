@@ -10,14 +10,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer, WeightAveraging
 from lightning.pytorch.callbacks.timer import Interval
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors import accelerator_connector
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
@@ -289,32 +287,3 @@ def seed_workers_alike(loader: DataLoader[Any]) -> Callable[[], None]:
             there.worker_init_fn = before
 
     return undo
-
-
-lightnings_launch = _SubprocessScriptLauncher.launch
-"""How Lightning starts ranks by popen, whatever :func:`replace_launch` does."""
-
-
-def replace_launch(launch: Callable[..., Any]) -> Callable[[], None]:
-    """Let ``launch(launcher, function, ...)`` start the ranks of every strategy with popen; return what undoes it."""
-    _SubprocessScriptLauncher.launch = launch  # type: ignore[method-assign]
-
-    def undo() -> None:
-        _SubprocessScriptLauncher.launch = lightnings_launch  # type: ignore[method-assign]
-
-    return undo
-
-
-def announce(launcher: _SubprocessScriptLauncher) -> None:
-    """Set the environment variables that the ranks find each other by."""
-    environment = launcher.cluster_environment
-    os.environ["MASTER_ADDR"] = environment.main_address
-    os.environ["MASTER_PORT"] = str(environment.main_port)
-    os.environ["NODE_RANK"] = str(environment.node_rank())
-    os.environ["LOCAL_RANK"] = str(environment.local_rank())
-    os.environ["WORLD_SIZE"] = str(launcher.num_processes * launcher.num_nodes)
-
-
-def share_threads(num_processes: int) -> None:
-    """Let the ranks of a host share its cores, unless ``OMP_NUM_THREADS`` is set."""
-    _set_num_threads_if_needed(num_processes=num_processes)

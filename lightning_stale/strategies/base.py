@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_stale.launchers import ScriptLauncher, SummaryLauncher
-from lightning_stale.launchers.job import current_job, destroy_process_group
+from lightning_stale.launchers.hydra.job import current_job, destroy_process_group
 from lightning_stale.private import of_lightning
 from lightning_stale.strategies import checkpoint_entries
 from lightning_stale.strategies.buffers import Versioned, agree_on_buffers, agree_on_changed
@@ -61,7 +61,10 @@ class StaleStrategy(DDPStrategy):
         process_group_backend: as in ``DDPStrategy``.
         timeout: of a collective, and for the ranks to find each other. In ``fit`` nobody waits for a slow rank in a
             collective, however long it validates or saves, so it can be short.
-        accelerator, cluster_environment, checkpoint_io, precision_plugin: as in ``DDPStrategy``.
+        accelerator: as in ``DDPStrategy``.
+        cluster_environment: as in ``DDPStrategy``.
+        checkpoint_io: as in ``DDPStrategy``.
+        precision_plugin: as in ``DDPStrategy``.
     """
 
     _registered = ""

@@ -19,6 +19,8 @@ class ServerEntry(TypedDict):
     updates: int
     world_size: int
     """Counts of another number of workers are left out."""
+    apply: dict[str, Any]
+    """The apply rule, and what it keeps between pushes."""
     phases: list[dict[str, Any]]
     workers: list[dict[str, Any]]
 

@@ -14,9 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from lightning_stale.pipeline.channels.links import Links, destroy_mesh
-from lightning_stale.pipeline.partition.body import positional
 from lightning_stale.pipeline.pipeline import Pipeline
-from lightning_stale.pipeline.replaced_forward import ReplacedForward
+from lightning_stale.pipeline.replaced_forward import ReplacedForward, positional
 from lightning_stale.pipeline.stage import Stage
 from lightning_stale.private import of_lightning
 from lightning_stale.strategies.assembly import Assembly

@@ -9,6 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_stale.failures import RunFailedError
 from lightning_stale.paradigms import PARADIGMS, Paradigm, as_paradigm
+from lightning_stale.parameter_server.apply import ApplyRule, Plain, as_apply_rule
 from lightning_stale.parameter_server.client import Release, Transport
 from lightning_stale.strategies.base import StaleStrategy
 from lightning_stale.strategies.updates.server import ServerUpdate
@@ -27,13 +28,17 @@ class StaleSyncStrategy(StaleStrategy):
         paradigm: ``"bsp"``, ``"asp"``, ``"ssp"``, ``"dssp"``, or a paradigm such as ``SSP(threshold=5)``.
         transport: ``"auto"``: shared memory for workers on the server's host, TCP for others; ``"tcp"`` or ``"shm"``
             for all.
+        apply: how the server uses a gradient that was computed on older weights: ``"plain"`` (as it is),
+            ``"ringmaster"``, ``"delay-compensated"``, ``"dana"``, ``"scaled"``, or an
+            :class:`~lightning_stale.ApplyRule` such as ``Ringmaster(R=8)``.
         **kwargs: those of :class:`~lightning_stale.strategies.base.StaleStrategy`: ``start_method``,
             ``process_group_backend``, ``timeout``, ``accelerator``, ``cluster_environment``, ``checkpoint_io``,
             ``precision_plugin``.
 
     Raises:
-        ValueError: for an unknown paradigm or transport.
-        TypeError: for a paradigm that is neither a name nor a ``Paradigm``.
+        ValueError: for an unknown paradigm, transport or apply rule, or a rule with a paradigm that has no use for one
+            (``"bsp"``).
+        TypeError: for a paradigm that is neither a name nor a ``Paradigm``, and likewise for a rule.
 
     Example::
 
@@ -41,23 +46,39 @@ class StaleSyncStrategy(StaleStrategy):
         >>> from lightning_stale import DSSP, StaleSyncStrategy
         >>> strategy = StaleSyncStrategy(paradigm=DSSP(lower=3, upper=15))
         >>> trainer = Trainer(accelerator="cpu", devices=1, strategy=strategy, logger=False, enable_checkpointing=False)
-        >>> trainer.strategy.summary()
-        {'paradigm': 'DSSP(lower=3, upper=15, enforce_upper=True)', 'updates': 0, 'phases': [], 'workers': []}
+        >>> trainer.strategy.summary()   # doctest: +NORMALIZE_WHITESPACE
+        {'paradigm': 'DSSP(lower=3, upper=15, enforce_upper=True)', 'apply': 'Plain()', 'updates': 0, 'phases': [],
+         'workers': []}
     """
 
     _entry = "lightning_stale"
 
-    def __init__(self, *, paradigm: str | Paradigm = "dssp", transport: Transport = "auto", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        paradigm: str | Paradigm = "dssp",
+        transport: Transport = "auto",
+        apply: str | ApplyRule = "plain",
+        **kwargs: Any,
+    ) -> None:
         if transport not in ("auto", "shm", "tcp"):
             raise ValueError(f"transport={transport!r} is unknown: write 'auto', 'shm' or 'tcp'")
         if transport == "shm" and not memory.supported():
             raise ValueError("transport='shm' needs Linux: write transport='auto' or 'tcp'")
         self._update: ServerUpdate
-        super().__init__(update=ServerUpdate(as_paradigm(paradigm), transport), **kwargs)
+        gate = as_paradigm(paradigm)
+        self.apply = as_apply_rule(apply, gate.averages)
+        super().__init__(update=ServerUpdate(gate, transport, self.apply), **kwargs)
         names = [name for name, kind in PARADIGMS.items() if type(self.paradigm) is kind]
         self._registered = names[0] if names else "dssp"
         self.transport = transport
-        self._summary: dict[str, Any] = {"paradigm": repr(self.paradigm), "updates": 0, "phases": [], "workers": []}
+        self._summary: dict[str, Any] = {
+            "paradigm": repr(self.paradigm),
+            "apply": repr(self.apply),
+            "updates": 0,
+            "phases": [],
+            "workers": [],
+        }
 
     @property
     def paradigm(self) -> Paradigm:
@@ -68,9 +89,10 @@ class StaleSyncStrategy(StaleStrategy):
         """Return what was counted, on every rank, while ``fit`` runs and after it.
 
         Returns:
-            ``{"paradigm": str, "updates": int, "phases": [...], "workers": [...]}``: the paradigm as it is now, with a
-            dict per worker: ``rank``, ``pushes``, ``max_lead`` and ``mean_lead`` (clocks, at release),
-            ``max_staleness`` and ``mean_staleness`` (updates), ``wait_s`` and ``compute_s`` (seconds); and one per
+            ``{"paradigm": str, "apply": str, "updates": int, "phases": [...], "workers": [...]}``: paradigm and apply
+            rule as they are now, with a dict per worker: ``rank``, ``pushes``, ``refused`` (those that the rule did not
+            apply), ``max_lead`` and ``mean_lead`` (clocks, at release), ``max_staleness`` and ``mean_staleness``
+            (updates, of all pushes), ``wait_s`` and ``compute_s`` (seconds); and one per
             setting of the thresholds, see :meth:`set_thresholds`: ``thresholds``, ``since`` (the updates before it) and
             ``max_lead`` of all workers under it.
         """
@@ -115,6 +137,7 @@ class StaleSyncStrategy(StaleStrategy):
         super().setup(trainer)
         if trainer.state.fn != TrainerFn.FITTING:
             return
+        self.apply.check(self.optimizers)
         if self.is_global_zero:
             self._update.host.prepare()
         if self.paradigm.averages:
@@ -129,4 +152,5 @@ class StaleSyncStrategy(StaleStrategy):
         super().on_train_start()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(paradigm={self.paradigm!r}, transport={self.transport!r})"
+        apply = "" if type(self.apply) is Plain else f", apply={self.apply!r}"
+        return f"{type(self).__name__}(paradigm={self.paradigm!r}, transport={self.transport!r}{apply})"

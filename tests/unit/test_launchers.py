@@ -25,8 +25,9 @@ from omegaconf import OmegaConf
 
 from lightning_stale import StaleSyncStrategy, hydra_job
 from lightning_stale.failures import RunFailedError
-from lightning_stale.launchers import ScriptLauncher, command, job
-from lightning_stale.private import of_hydra, of_lightning, of_torch
+from lightning_stale.launchers import ScriptLauncher
+from lightning_stale.launchers.hydra import command, job
+from lightning_stale.private import of_hydra, of_launchers, of_torch
 
 
 class Color(Enum):
@@ -154,12 +155,12 @@ def test_a_rank_that_has_died_leaves_no_other_one_in_a_collective(app: Any, monk
 
 def test_lightnings_launch_is_replaced_for_a_while() -> None:
     calls: list[Any] = []
-    undo = of_lightning.replace_launch(lambda launcher, function, **_: calls.append(launcher))
+    undo = of_launchers.replace_launch(lambda launcher, function, **_: calls.append(launcher))
     trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False)
     trainer.strategy.launcher.launch(print, trainer=trainer)  # type: ignore[union-attr]
     undo()
     assert calls == [trainer.strategy.launcher]
-    assert _SubprocessScriptLauncher.launch is of_lightning.lightnings_launch
+    assert _SubprocessScriptLauncher.launch is of_launchers.lightnings_launch
 
 
 def test_our_strategies_have_a_launcher_of_their_own() -> None:
@@ -172,7 +173,7 @@ def test_our_strategies_have_a_launcher_of_their_own() -> None:
 def test_the_environment_is_the_one_that_lightning_announces(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
     announced = []
-    for announce in (of_lightning.announce, _SubprocessScriptLauncher._call_children_scripts):
+    for announce in (of_launchers.announce, _SubprocessScriptLauncher._call_children_scripts):
         for name in names:
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: None)

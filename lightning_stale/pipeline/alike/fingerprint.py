@@ -33,7 +33,18 @@ def fingerprint(batch: Any) -> Fingerprint:
 
 
 def difference(mine: Fingerprint, theirs: Fingerprint) -> str | None:
-    """Return what differs, e.g. ``"['image']"``; ``None`` if it is the same batch."""
+    """Return what differs; ``None`` if it is the same batch.
+
+    Example::
+
+        >>> import torch
+        >>> from lightning_stale.pipeline.alike.fingerprint import difference, fingerprint
+        >>> one, other = ({"image": torch.full((2, 3), value), "name": "x"} for value in (1.0, 2.0))
+        >>> difference(fingerprint(one), fingerprint(one)) is None
+        True
+        >>> difference(fingerprint(one), fingerprint(other))
+        "the values of ['image'] (float32 (2, 3))"
+    """
     for one, other in zip(mine, theirs, strict=False):
         if one[:2] != other[:2]:
             return f"{one[0] or 'the batch'}: {one[1]}, and {other[0] or 'the batch'}: {other[1]}"

@@ -35,7 +35,7 @@ class Streams:
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """What a rank does with its own part of the model: gradients, the optimizer's step."""
+        """What a rank does with its own blocks: gradients, the optimizer's step."""
         yield
 
     def own(self, path: Sequence[int]) -> None:
@@ -91,7 +91,7 @@ class TravellingStream(Streams):
     From there it comes back to the other ranks before the next batch is loaded.
 
     Args:
-        others: for what a rank without the last stage does with its own part of the model; ``None`` on the last one's.
+        others: for what a rank without the last stage does with its own blocks; ``None`` on the last one's.
         gpus: whose generators the step draws from.
     """
 

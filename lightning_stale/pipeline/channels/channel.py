@@ -45,7 +45,17 @@ class Channel(ABC):
 
 
 class MemoryChannel(Channel):
-    """Between two stages of one process."""
+    """Between two stages of one process.
+
+    Example::
+
+        >>> from lightning_stale.pipeline.channels.channel import MemoryChannel
+        >>> channel = MemoryChannel()
+        >>> channel.send(0, "features")
+        >>> channel.receive(1)
+        Traceback (most recent call last):
+        lightning_stale.pipeline.channels.channel.ChannelError: a message of batch 0 where that of batch 1 was expected
+    """
 
     def __init__(self) -> None:
         self._messages: deque[tuple[int, Any]] = deque()

@@ -20,6 +20,20 @@ class DividedModel:
     Args:
         model: the whole model.
         kept: the names of the tensors that stay.
+
+    Example::
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_stale.pipeline.divided.model import DividedModel
+        >>> model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
+        >>> parameters = list(model.parameters())
+        >>> divided = DividedModel(model, {"0.weight"})
+        >>> [parameter.device.type for parameter in model.parameters()]
+        ['cpu', 'meta']
+        >>> divided.join({"1.weight": torch.ones(1, 1)})
+        >>> list(model.parameters())[1] is parameters[1], parameters[1].item()
+        (True, 1.0)
     """
 
     def __init__(self, model: nn.Module, kept: set[str]) -> None:

@@ -1,9 +1,8 @@
-"""Which module of a model is partitioned, and how it is called."""
+"""Which module of a model is partitioned, and what lies outside of it."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -14,7 +13,7 @@ from lightning_stale.private.of_modules import unwrap, without_wrappers
 
 
 def find_body(model: nn.Module, name: str | None, sequential: bool) -> str:
-    """Return the name of the module to cut.
+    """Return the name of the module to partition.
 
     Args:
         model: the LightningModule.
@@ -45,12 +44,12 @@ def find_body(model: nn.Module, name: str | None, sequential: bool) -> str:
 
 
 def resolve(model: nn.Module, name: str | None, names: Sequence[str]) -> tuple[str, list[str]]:
-    """Return the name of the module to cut, and ``names`` relative to it.
+    """Return the name of the module to partition, and ``names`` relative to it.
 
     Args:
         model: the LightningModule.
         name: what the user has asked for; by default :func:`find_body` chooses.
-        names: of the submodules that start a block, from the root of ``model`` or relative to the module to cut.
+        names: of the submodules that start a block, from the root of ``model`` or relative to that module.
     """
     names = [without_wrappers(start) for start in names]
     if name is None and names:
@@ -70,22 +69,10 @@ def _are_within(body: nn.Module, names: Sequence[str]) -> bool:
 
 
 def outside(model: nn.Module, owner: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return the names and parameters of ``model`` that are not those of ``owner``, the module that was cut."""
+    """Return the names and parameters of ``model`` that are not those of ``owner``, which is partitioned."""
     within = [path for path, module in model.named_modules(remove_duplicate=False) if module is owner]
     return [
         (name, parameter)
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if not any(path == "" or name.startswith(f"{path}.") for path in within)
     ]
-
-
-def positional(owner: nn.Module) -> Callable[..., tuple[Any, ...]]:
-    """Return what brings the arguments of a call of ``owner`` into the order of its signature, defaults included."""
-    signature = inspect.signature(type(owner).forward)
-
-    def bind(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        bound = signature.bind(owner, *args, **kwargs)
-        bound.apply_defaults()
-        return tuple(bound.arguments.values())[1:]
-
-    return bind

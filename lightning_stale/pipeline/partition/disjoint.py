@@ -14,7 +14,7 @@ def check_disjoint(blocks: Sequence[Block], outside: Iterable[tuple[str, nn.Para
 
     Args:
         blocks: the blocks.
-        outside: (name, parameter) of what the model holds outside of the module that was cut.
+        outside: (name, parameter) of what the model holds outside of the module that is partitioned.
 
     Raises:
         ValueError: names it.

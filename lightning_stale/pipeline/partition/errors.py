@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class PartitionError(ValueError):
-    """A model that cannot be cut as asked."""
+    """A model that cannot be partitioned as asked."""

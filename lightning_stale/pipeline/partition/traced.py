@@ -18,8 +18,32 @@ def partition_traced(body: nn.Module, names: Sequence[str], label: str) -> list[
 
     Values that a later block needs, such as a skip connection, are passed on by the blocks between.
 
+    Args:
+        body: the module.
+        names: of the submodules that start the second block and those after it, in the order of ``forward``.
+        label: what errors call ``body``.
+
+    Returns:
+        One module per block, over the parameters of ``body``; all but the last return a tuple of the next one's inputs.
+
     Raises:
         PartitionError: if a name is not a submodule, the model cannot be traced, or the names are out of order.
+
+    Example::
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_stale.pipeline.partition.traced import partition_traced
+        >>> class Skips(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.one, self.two = nn.Linear(3, 3), nn.Linear(3, 3)
+        ...     def forward(self, x):
+        ...         return x + self.two(self.one(x))
+        >>> body, x = Skips(), torch.ones(2, 3)
+        >>> first, second = partition_traced(body, ["two"], "model")
+        >>> torch.equal(second(*first(x)), body(x))
+        True
     """
     modules = dict(body.named_modules())
     for name in names:

@@ -1,4 +1,4 @@
-"""Trace as little of a model as a cut needs: the forwards on the way to the named submodules.
+"""Trace as little of a model as partitioning it needs: the forwards on the way to the named submodules.
 
 What holds none of the names is called as it is, so that it may branch, loop, be compiled, pack sequences, or come from
 another library.
@@ -33,7 +33,7 @@ def traces(body: nn.Module, names: Sequence[str]) -> tuple[Trace, Trace]:
 
     Args:
         body: the module.
-        names: of the submodules at which it is going to be cut.
+        names: of the submodules that start a block.
     """
     try:
         return _trace(body, names, True), _trace(body, names, False)

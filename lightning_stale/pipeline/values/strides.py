@@ -12,7 +12,18 @@ _WIDEST_GAPS = 4  # elements of memory per element of the tensor: a third of a j
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """Return the elements of ``tensor``, each place in memory once, as one dimension; a view where that is possible."""
+    """Return the elements of ``tensor``, each place in memory once, as one dimension; a view where that is possible.
+
+    Example::
+
+        >>> import torch
+        >>> from lightning_stale.pipeline.values.strides import flat, restored
+        >>> image = torch.arange(8.0).view(1, 2, 2, 2).contiguous(memory_format=torch.channels_last)
+        >>> flat(image).tolist()
+        [0.0, 4.0, 1.0, 5.0, 2.0, 6.0, 3.0, 7.0]
+        >>> restored(flat(image), image.shape, image.stride()).stride() == image.stride()
+        True
+    """
     small = _unexpanded(tensor.detach())
     if _is_dense(small.shape, small.stride()):
         small = small.as_strided((small.numel(),), (1,), small.storage_offset())

@@ -34,6 +34,16 @@ def take_apart(value: Any, objects: list[Any] | None = None) -> tuple[Tree, list
 
     Raises:
         TypeError: names the type that cannot travel, with what to write instead.
+
+    Example::
+
+        >>> import torch
+        >>> from lightning_stale.pipeline.values.trees import put_together, take_apart
+        >>> tree, found = take_apart({"hidden": (torch.ones(2), 3)})
+        >>> tree
+        ['dict', [['plain', 'hidden'], ['tuple', ['tensor'], ['plain', 3]]]]
+        >>> put_together(tree, [found[0] + 1])
+        {'hidden': (tensor([2., 2.]), 3)}
     """
     found: list[Tensor] = []
     return _Apart(found, objects).tree(value), found
@@ -216,8 +226,8 @@ def _find(name: str) -> Any:
     module, _, path = name.partition(":")
     try:
         found: Any = importlib.import_module(module)
-        for part in path.split("."):
-            found = getattr(found, part)
+        for attribute in path.split("."):
+            found = getattr(found, attribute)
     except (ImportError, AttributeError):
         return None
     return found

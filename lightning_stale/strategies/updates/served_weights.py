@@ -8,6 +8,7 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_stale.paradigms import Paradigm
+from lightning_stale.parameter_server.apply import ApplyRule
 from lightning_stale.parameter_server.client import Transport
 from lightning_stale.parameter_server.process import ServerProcess
 from lightning_stale.strategies.updates.update import Training, unique_parameters
@@ -23,6 +24,7 @@ def serve_weights(
     training: Training,
     paradigm: Paradigm,
     transport: Transport,
+    apply: ApplyRule,
     snapshot: Mapping[str, Any] | None,
 ) -> Endpoint:
     """Let ``process`` serve, and return where it is.
@@ -33,6 +35,7 @@ def serve_weights(
         training: with the initial weights, and the optimizers with the state to start from.
         paradigm: the gate.
         transport: of the workers, as in ``StaleSyncStrategy``.
+        apply: how a gradient is used.
         snapshot: the clocks of a checkpoint.
     """
     topology, parameters = training.topology, unique_parameters(training.optimizers)
@@ -49,6 +52,7 @@ def serve_weights(
         folder=_choose_folder(2 * layout.nbytes * topology.ranks_per_node) if shares_memory else "",
         local_workers=topology.ranks_per_node if shares_memory else 0,
         snapshot=snapshot,
+        apply=apply,
     )
     return Endpoint(
         address=f"tcp://{reached_at}:{port}",

@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 from lightning_stale.coordinator.connection import CONNECT_TIMEOUT_S, ServerLostError
 from lightning_stale.failures import RunFailedError
 from lightning_stale.paradigms import Paradigm
+from lightning_stale.parameter_server.apply import ApplyRule
+from lightning_stale.parameter_server.apply.base import changed_rule_warning
 from lightning_stale.parameter_server.client import ParameterClient, Release, Transport
 from lightning_stale.parameter_server.process import ServerProcess
 from lightning_stale.strategies.hosted_process import HostedProcess
@@ -31,13 +33,14 @@ class ServerUpdate(Update):
     Args:
         paradigm: the gate.
         transport: ``"auto"``, ``"shm"`` or ``"tcp"``.
+        apply: how the server uses a gradient.
     """
 
-    def __init__(self, paradigm: Paradigm, transport: Transport) -> None:
+    def __init__(self, paradigm: Paradigm, transport: Transport, apply: ApplyRule) -> None:
         self.paradigm = paradigm
         """With the thresholds of now; they follow rank 0's at the meeting points."""
         self.host = HostedProcess(ServerProcess)
-        self._transport = transport
+        self._transport, self._apply = transport, apply
         self._training: Training | None = None
         self._client: ParameterClient | None = None
         self._control: ServerControl | None = None
@@ -60,6 +63,7 @@ class ServerUpdate(Update):
                 training=training,
                 paradigm=self.paradigm,
                 transport=self._transport,
+                apply=self._apply,
                 snapshot=self._resumed,
             ),
             training.check_signals,
@@ -174,6 +178,9 @@ class ServerUpdate(Update):
 
     def load_state_dict(self, entry: Mapping[str, Any] | None) -> None:
         self._resumed = entry
+        warning = changed_rule_warning(self._apply, None if entry is None else entry.get("apply"))
+        if warning is not None:
+            rank_zero_warn(warning)
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
@@ -183,8 +190,8 @@ class ServerUpdate(Update):
         assert self._client is not None
         if self._training.rank == 0:  # which saves
             self._take_back_optimizers()
+            self._ended = self._client.snapshot()
         self.summary()
-        self._ended = self._client.snapshot()
         self._leave(finished=True)
         self.host.stop()  # once all workers have said goodbye
 

@@ -7,11 +7,13 @@ million events by ``make soak``.
 from __future__ import annotations
 
 import copy
+import random
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from lightning_stale.coordinator import messages as m
 from lightning_stale.coordinator.coordinator import Coordinator, OnLoss
@@ -26,6 +28,18 @@ PARADIGMS = [
     st.builds(SSP, st.integers(0, 3)),
     st.builds(DSSP, lower=st.integers(0, 2), upper=st.integers(2, 5)),
 ]
+ACTIONS = [
+    *["ask", "push"] * 4,
+    "join",
+    "arrive",
+    "set_thresholds",
+    "finish",
+    "lose",
+    "abort",
+    "speak_for_the_dead",
+    "push_what_it_does_not_hold",
+]
+Choose = Callable[[Any], Any]
 events = Counter[str]()
 """How many messages of each kind the coordinator has been told, over all runs of this process."""
 
@@ -57,7 +71,7 @@ class Machine(RuleBasedStateMachine):
         self.paradigm, self.members, self.batches, self.on_loss = paradigm, members, batches, on_loss
         self.leases = QueueLeases(batches, open_at_once)
         self.counts = StaleSyncCounts(members, paradigm.thresholds)
-        self.recorded: list[Event] = []
+        self.recorded = 0
         recorder = Recorder(self.counts, self)
         self.coordinator = Coordinator(members, paradigm, leases=self.leases, on_loss=on_loss, record=recorder.record)
         self.workers: dict[int, Worker] = {}
@@ -65,11 +79,11 @@ class Machine(RuleBasedStateMachine):
         self.never = set(range(members))
         self.failure: tuple[str, str] | None = None
         self.told: Counter[int] = Counter()
-        self.pushes = self.releases = 0
+        self.releases = 0
         self.now = 0.0
 
     def note(self, event: Event) -> None:
-        self.recorded.append(event)
+        self.recorded += 1
 
     # --- what can happen --------------------------------------------------------------------------------------------
 
@@ -96,7 +110,7 @@ class Machine(RuleBasedStateMachine):
             assert self.failure in (None, (reply.kind, reply.text)), "there is one first failure"
             self.failure = (reply.kind, reply.text)
             return
-        if isinstance(reply, m.Aborted | m.ThresholdsSet):
+        if isinstance(reply, m.Aborted | m.ThresholdsSet | m.Refused):
             return
         assert self.failure is None, f"{reply} after the run has failed"
         if isinstance(reply, m.Released):
@@ -122,31 +136,28 @@ class Machine(RuleBasedStateMachine):
             return self.paradigm.threshold
         return self.paradigm.upper if isinstance(self.paradigm, DSSP) else float("inf")
 
-    def some(self, data: Any, *states: str) -> Worker | None:
+    def some(self, choose: Choose, *states: str) -> Worker | None:
         able = [worker for worker in self.workers.values() if worker.state in states]
-        return data.draw(st.sampled_from(able)) if able else None
-
-    @precondition(lambda self: self.absent())
-    @rule(data=st.data())
-    def join(self, data: Any) -> None:
-        rank = data.draw(st.sampled_from(sorted(self.absent())))
-        self.tell(m.Join(rank, process=4_000 + rank))
+        return choose(able) if able else None
 
     def absent(self) -> set[int]:
         if self.on_loss == "end":
             return self.never
         return set(range(self.members)) - self.workers.keys()
 
-    @rule(data=st.data())
-    def ask(self, data: Any) -> None:
-        worker = self.some(data, "ready")
+    def join(self, choose: Choose) -> None:
+        if self.absent():
+            rank = choose(sorted(self.absent()))
+            self.tell(m.Join(rank, process=4_000 + rank))
+
+    def ask(self, choose: Choose) -> None:
+        worker = self.some(choose, "ready")
         if worker is not None and self.failure is None:
             worker.state = "asking"
             self.tell(m.Request(*worker.who))
 
-    @rule(data=st.data())
-    def push(self, data: Any) -> None:
-        worker = self.some(data, "holding", "ready")
+    def push(self, choose: Choose) -> None:
+        worker = self.some(choose, "holding", "ready")
         if worker is None:
             return
         leases = () if worker.lease is None else (worker.lease[0],)
@@ -155,70 +166,87 @@ class Machine(RuleBasedStateMachine):
         self.tell(m.Push(*worker.who, leases))
         if self.failure is None:
             assert clock is not None
-            self.pushes += 1
             assert self.paradigm.clocks[worker.rank] == clock + 1
 
-    @rule(data=st.data(), place=st.sampled_from(["validation"] * 9 + ["the end of fit"]))
-    def arrive(self, data: Any, place: str) -> None:
-        worker = self.some(data, "ready", "new")
+    def push_what_it_does_not_hold(self, choose: Choose) -> None:
+        worker = self.some(choose, "holding", "ready")
+        if worker is None or self.failure is not None:
+            return
+        lease = choose([-1, *self.leases.held, 10**6])
+        if worker.lease is None or lease != worker.lease[0]:
+            before, recorded = self.fingerprint(), self.recorded
+            assert self.tell(m.Push(*worker.who, (lease,))) == [m.Refused(worker.rank, lease)]
+            assert (self.fingerprint(), self.recorded) == (before, recorded), "a refused push has changed something"
+
+    def arrive(self, choose: Choose) -> None:
+        worker = self.some(choose, "ready", "new")
         if worker is not None:
             worker.state = "at a meeting"
+            place = choose(["validation"] * 99 + ["the end of fit"])
             self.tell(m.Arrive(*worker.who, place, "step 1"))
 
-    @rule(data=st.data(), threshold=st.integers(0, 5))
-    def set_thresholds(self, data: Any, threshold: int) -> None:
-        worker = self.some(data, "ready")
+    def set_thresholds(self, choose: Choose) -> None:
+        worker = self.some(choose, "ready")
         if worker is not None and isinstance(self.paradigm, SSP):
-            threshold = max(threshold, self.paradigm.threshold)  # one that falls binds later releases only
+            threshold = max(choose(range(6)), self.paradigm.threshold)  # one that falls binds later releases only
             self.tell(m.SetThresholds(*worker.who, {"threshold": threshold}))
             assert self.paradigm.threshold == threshold
 
-    @rule(data=st.data())
-    def finish(self, data: Any) -> None:
-        worker = self.some(data, "new", "ready")
-        if worker is not None:
+    def finish(self, choose: Choose) -> None:
+        worker = self.some(choose, "new", "ready")
+        if worker is not None and choose(range(20)) == 0:
             self.retire(worker)
             self.tell(m.Leave(*worker.who))
 
-    @rule(data=st.data())
-    def lose(self, data: Any) -> None:
-        worker = self.some(data, "new", "ready", "holding", "waiting", "asking", "at a meeting")
-        if worker is not None and (self.on_loss == "go on" or data.draw(st.integers(0, 19)) == 0):
+    def lose(self, choose: Choose) -> None:
+        worker = self.some(choose, "new", "ready", "holding", "waiting", "asking", "at a meeting")
+        if worker is not None and choose(range(5 if self.on_loss == "go on" else 100)) == 0:
             self.retire(worker)
             self.tell(m.Lose(*worker.who))
             if self.on_loss == "end":
                 assert self.coordinator.failure is not None
 
-    @rule(data=st.data())
-    def abort(self, data: Any) -> None:
-        worker = self.some(data, "new", "ready", "holding", "waiting")
-        if worker is not None and data.draw(st.integers(0, 19)) == 0:
+    def abort(self, choose: Choose) -> None:
+        worker = self.some(choose, "new", "ready", "holding", "waiting")
+        if worker is not None and choose(range(100)) == 0:
             before = self.coordinator.failure
             *_, aborted = self.tell(m.Abort(*worker.who, "error", "raised ValueError"))
             assert aborted == m.Aborted(worker.rank, "" if before is None else before.text)
 
-    @rule(data=st.data())
-    def speak_for_the_dead(self, data: Any) -> None:
+    def speak_for_the_dead(self, choose: Choose) -> None:
         if not self.former:
             return
-        who = data.draw(st.sampled_from(self.former)).who
-        message = data.draw(
-            st.sampled_from(
-                [
-                    m.Push(*who, (0,)),
-                    m.Request(*who),
-                    m.Arrive(*who, "validation"),
-                    m.SetThresholds(*who, {"threshold": 0}),
-                    m.Abort(*who, "error", "x"),
-                    m.Leave(*who),
-                    m.Lose(*who),
-                ]
-            )
+        who: Any = choose(self.former).who
+        message = choose(
+            [
+                m.Push(*who, (0,)),
+                m.Request(*who),
+                m.Arrive(*who, "validation"),
+                m.SetThresholds(*who, {"threshold": 0}),
+                m.Abort(*who, "error", "x"),
+                m.Leave(*who),
+                m.Lose(*who),
+            ]
         )
-        before, recorded = self.fingerprint(), len(self.recorded)
+        before, recorded = self.fingerprint(), self.recorded
         assert self.tell(message) == [m.Fenced(*who)]
         assert self.fingerprint() == before, "a fenced worker has changed something"
-        assert len(self.recorded) == recorded
+        assert self.recorded == recorded
+
+    @rule(data=st.data(), names=st.lists(st.sampled_from(ACTIONS), min_size=1, max_size=8))
+    def happen(self, data: Any, names: list[str]) -> None:
+        """A few things, each of which is found by itself where they break something."""
+        for name in names:
+            getattr(self, name)(lambda able: data.draw(st.sampled_from(able)))
+            self.check()
+
+    @rule(seed=st.integers(0, 2**32 - 1), length=st.integers(1, 200))
+    def happen_at_length(self, seed: int, length: int) -> None:
+        """Many things, so that a run gets far; mostly work."""
+        choice = random.Random(seed)
+        for _ in range(length):
+            getattr(self, choice.choice(ACTIONS))(choice.choice)
+            self.check()
 
     def retire(self, worker: Worker) -> None:
         del self.workers[worker.rank]
@@ -239,35 +267,39 @@ class Machine(RuleBasedStateMachine):
     # --- what must hold ---------------------------------------------------------------------------------------------
 
     @invariant()
+    def check(self) -> None:
+        if not hasattr(self, "workers"):
+            return
+        self.every_batch_is_in_one_place()
+        self.a_lease_is_held_by_who_is_here()
+        self.somebody_can_go_on()
+        self.all_hear_of_a_failure()
+        self.what_is_counted_is_what_has_happened()
+
     def every_batch_is_in_one_place(self) -> None:
-        if hasattr(self, "leases"):
+        if self.failure is None:
             held = [batch for _, batch in self.leases.held.values()]
             assert sorted([*self.leases.queue, *held, *self.leases.committed]) == list(range(self.batches))
 
-    @invariant()
     def a_lease_is_held_by_who_is_here(self) -> None:
-        if hasattr(self, "leases") and self.failure is None:
+        if self.failure is None:
             theirs = {worker.lease: worker.rank for worker in self.workers.values() if worker.lease is not None}
             assert {(lease, batch): rank for lease, (rank, batch) in self.leases.held.items()} == theirs
 
-    @invariant()
     def somebody_can_go_on(self) -> None:
-        if not hasattr(self, "workers") or self.failure is not None or not self.workers or self.never:
+        if self.failure is not None or not self.workers or self.never:
             return
         able = [worker for worker in self.workers.values() if worker.state in ("new", "ready", "holding")]
         assert able, {worker.rank: worker.state for worker in self.workers.values()}
 
-    @invariant()
-    def all_hear_of_a_failure_once(self) -> None:
-        if hasattr(self, "workers") and self.coordinator.failure is not None and self.workers:
+    def all_hear_of_a_failure(self) -> None:
+        if self.coordinator.failure is not None and self.workers:
             assert self.failure is not None
             assert all(self.told[rank] >= 1 for rank in self.workers)
 
-    @invariant()
     def what_is_counted_is_what_has_happened(self) -> None:
-        if hasattr(self, "counts"):
-            assert sum(worker.releases for worker in self.counts.workers) == self.releases
-            assert max((worker.max_lead for worker in self.counts.workers), default=0) <= self.bound
+        assert sum(worker.releases for worker in self.counts.workers) == self.releases
+        assert max((worker.max_lead for worker in self.counts.workers), default=0) <= self.bound
 
     def teardown(self) -> None:
         """Whoever is left works on: every batch is trained once, and nobody waits for ever."""

@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import os
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from tests.unit.coordinator.machine import Machine, events
 
-EVENTS = int(os.environ.get("LIGHTNING_STALE_SOAK_EVENTS", "0")) or 4_000
+EVENTS = int(os.environ.get("LIGHTNING_STALE_SOAK_EVENTS", "20000"))
 
 
+@pytest.mark.timeout(0 if "LIGHTNING_STALE_SOAK_EVENTS" in os.environ else 180)
 def test_whatever_happens() -> None:
-    steps = 100
-    suppressed = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
     before = events.total()
     while events.total() - before < EVENTS:
-        run_state_machine_as_test(  # type: ignore[no-untyped-call]
+        run_state_machine_as_test(
             Machine,
             settings=settings(
-                max_examples=50 if EVENTS < 10**5 else 2_000,
-                stateful_step_count=steps,
+                max_examples=25 if EVENTS < 10**5 else 500,
+                stateful_step_count=30,
                 deadline=None,
-                suppress_health_check=suppressed,
+                suppress_health_check=list(HealthCheck),
                 database=None,
             ),
         )
-    told = dict(events)
-    print(f"{events.total() - before} events: {told}")
-    assert {"Join", "Push", "Arrive", "Request", "Leave", "Lose", "Abort", "SetThresholds"} <= told.keys()
+    print(f"{events.total() - before:,} events: {dict(events)}")
+    kinds = {"Join", "Push", "Arrive", "Request", "Leave", "Lose", "Abort", "SetThresholds"}
+    assert min(events[kind] for kind in kinds) > EVENTS / 2_000, events

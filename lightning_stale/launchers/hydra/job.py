@@ -16,7 +16,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 
 from lightning_stale.failures import RunFailedError
-from lightning_stale.launchers.command import in_joblib_worker, rank_command, rank_environment, save_config
+from lightning_stale.launchers.hydra.command import in_joblib_worker, rank_command, rank_environment, save_config
 from lightning_stale.lifeline import end_with
 from lightning_stale.private import of_torch
 

@@ -22,8 +22,8 @@ _LOKY = "joblib.externals.loky"
 
 
 def rank_command(config_file: Path) -> list[str]:
-    """Return the command of a rank whose config is in ``config_file``: see :mod:`lightning_stale.launchers.rank`."""
-    return [sys.executable, "-m", "lightning_stale.launchers.rank", str(os.getpid()), str(config_file), *_app()]
+    """Return the command of :mod:`~lightning_stale.launchers.hydra.rank` for one whose config is in ``config_file``."""
+    return [sys.executable, "-m", "lightning_stale.launchers.hydra.rank", str(os.getpid()), str(config_file), *_app()]
 
 
 def rank_environment() -> dict[str, str]:

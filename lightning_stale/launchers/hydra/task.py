@@ -16,9 +16,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from lightning_stale.failures import RunFailedError
-from lightning_stale.launchers.job import current_job
+from lightning_stale.launchers.hydra.job import current_job
 from lightning_stale.launchers.script import launch
-from lightning_stale.private import of_lightning
+from lightning_stale.private import of_launchers
 
 _T = TypeVar("_T")
 _failures: list[str] = []
@@ -60,7 +60,7 @@ def hydra_job(task_function: Callable[[DictConfig], _T]) -> Callable[[DictConfig
 @contextlib.contextmanager
 def _job() -> Iterator[None]:
     job = current_job()
-    undo = of_lightning.replace_launch(launch)
+    undo = of_launchers.replace_launch(launch)
     try:
         yield
     except BaseException:

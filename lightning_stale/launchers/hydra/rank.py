@@ -1,4 +1,4 @@
-"""A further rank of a Hydra job: ``python -m lightning_stale.launchers.rank PARENT CONFIG (SCRIPT | -m MODULE)``.
+"""A further rank of a Hydra job: ``python -m lightning_stale.launchers.hydra.rank PARENT CONFIG (SCRIPT | -m MODULE)``.
 
 Runs the user's app, whose ``@hydra.main`` calls its task function with the pickled config instead of composing one: no
 sweep is started and no folder is made. Ends with the process ``PARENT``, rank 0 of the job.
@@ -12,7 +12,7 @@ import warnings
 
 from hydra.core.utils import setup_globals
 
-from lightning_stale.launchers.job import destroy_process_group
+from lightning_stale.launchers.hydra.job import destroy_process_group
 from lightning_stale.lifeline import end_with
 
 _GRACE_S = 2.0
