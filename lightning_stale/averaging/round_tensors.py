@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_stale.averaging.merge import Merge
+from lightning_stale.private import of_torch
 
 
 @dataclass
@@ -41,16 +42,16 @@ class RoundTensors:
 
     def take_change(self) -> None:
         """Make ``change`` what the replica has changed by since the launch; ``launched`` is overwritten."""
-        torch._foreach_sub_(self.launched.parts, self.parameters)
+        of_torch.subtract_each(self.launched.parts, self.parameters)
         self.launched, self.change = self.change, self.launched
 
     def go_on(self, merge: Merge | None) -> None:
         """Begin a round, from the merged weights, or from where the replica is (``None``)."""
         if merge is None:
-            torch._foreach_copy_(self.launched.parts, self.parameters)
+            of_torch.copy_each(self.launched.parts, self.parameters)
         else:
             merge(self.weights.flat, self.change.flat, self.launched.flat)
-            torch._foreach_copy_(self.parameters, self.launched.parts)
+            of_torch.copy_each(self.parameters, self.launched.parts)
 
     def _buffer(self) -> Buffer:
         flat = torch.cat([parameter.detach().reshape(-1) for parameter in self.parameters])

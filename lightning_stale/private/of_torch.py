@@ -22,6 +22,16 @@ def set_versions(tensors: Sequence[Tensor], versions: Sequence[int]) -> None:
         torch._C._autograd._unsafe_set_version_counter(tuple(tensors), tuple(versions))
 
 
+def subtract_each(tensors: list[Tensor], others: list[Tensor]) -> None:
+    """Subtract from each of ``tensors``, in place, its other one; on a GPU, in one kernel for all."""
+    torch._foreach_sub_(tensors, others)
+
+
+def copy_each(tensors: list[Tensor], others: list[Tensor]) -> None:
+    """Copy into each of ``tensors`` its other one; on a GPU, in one kernel for all."""
+    torch._foreach_copy_(tensors, others)
+
+
 def replace_step(optimizer: Optimizer, push: Callable[[], None]) -> Callable[[], None]:
     """Let ``optimizer.step(closure)`` run closure and ``push`` between the user's step hooks; return what undoes it.
 

@@ -18,13 +18,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
 
 from lightning_stale.pipeline.divided import piecewise
 from lightning_stale.pipeline.divided.division import Division, give
 from lightning_stale.pipeline.divided.meta_device import assign, initialize, on_meta
 from lightning_stale.pipeline.divided.tensors import move, tensors_of
 from lightning_stale.private import of_lightning
+from lightning_stale.private.of_torch import tree_map
 from lightning_stale.strategies.collectives import Collectives
 from lightning_stale.topology import Topology
 
