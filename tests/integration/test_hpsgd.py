@@ -433,7 +433,6 @@ def test_the_outer_optimizer_is_saved_and_restored(tmp_path: Path) -> None:
 
 
 def train(rank: int, *args: Any, **options: Any) -> None:
-    pass
     test_failures.train(rank, *args, **options)
 
 
