@@ -44,7 +44,7 @@ def train(rank: int, strategy: str, folder: str) -> int:
 def test_nobody_is_taken_for_dead_after_a_suspension(strategy: str, tmp_path: Path) -> None:
     with workers(train, 2, tmp_path, strategy, str(tmp_path)) as group:
         group.wait_for("under-way")
-        everybody = marked(group.mark)
+        everybody = marked(group.mark, groups=[group.pid(rank) for rank in range(2)])
         assert any("lightning_stale.coordinator" in process.cmdline() for process in everybody)
         for number in (signal.SIGSTOP, signal.SIGCONT):
             for process in everybody:
