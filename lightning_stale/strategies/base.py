@@ -36,6 +36,7 @@ from lightning_stale.strategies.checks import (
 )
 from lightning_stale.strategies.clipping import Clip, clipping_with
 from lightning_stale.strategies.collectives import Collectives, warn_within_batch
+from lightning_stale.strategies.hosted_process import HostedProcess
 from lightning_stale.strategies.meeting_points import MeetingPoints
 from lightning_stale.strategies.other_ranks import OtherRanks, log_signal
 from lightning_stale.strategies.updates.update import Training, Update
@@ -107,6 +108,15 @@ class StaleStrategy(DDPStrategy):
         """Return the counts of the run."""
 
     @property
+    def _host(self) -> HostedProcess[Any]:
+        """The process that all ranks connect to."""
+        return self._others.host
+
+    def _connects(self, trainer: Trainer) -> bool:
+        """Whether they connect to it in this run."""
+        return trainer.state.fn == TrainerFn.FITTING and self.num_nodes * self.num_processes > 1
+
+    @property
     def topology(self) -> Topology:
         """What the ranks are to each other: workers with a replica each, unless a subclass says otherwise."""
         return Topology(self.world_size, nodes=self.num_nodes)
@@ -136,10 +146,13 @@ class StaleStrategy(DDPStrategy):
         Lightning does so for NCCL only; with gloo, torch 2.13 now and then aborts at exit ("terminate called without an
         active exception"), and a worker's exit code then makes Lightning kill the others.
 
-        That the ranks will trust each other is seen to before they wait for each other.
+        That the ranks will trust each other is seen to before they wait for each other, and what they will all connect
+        to begins to import what it needs meanwhile.
         """
-        if self._require_trainer().state.fn == TrainerFn.FITTING:
+        if self._connects(self._require_trainer()):
             secret.check(self.num_nodes)
+            if self.node_rank == 0 and self.local_rank == 0:
+                self._host.prepare()
         super().setup_environment()
         atexit.unregister(destroy_process_group)
         atexit.register(destroy_process_group)

@@ -37,7 +37,6 @@ from lightning_stale.strategies.running_pipeline import RunningPipeline
 from lightning_stale.strategies.same_batches import SameBatches
 from lightning_stale.strategies.updates.local import LocalUpdate
 from lightning_stale.topology import Topology
-from lightning_stale.transport import secret
 from lightning_stale.transport.groups import gather_everywhere
 
 
@@ -110,11 +109,13 @@ class DSPStrategy(StaleStrategy):
         """All ranks hold one replica together."""
         return Topology(self.world_size, stages=self.world_size, nodes=self.num_nodes)
 
+    def _connects(self, trainer: Trainer) -> bool:
+        return self.num_nodes * self.num_processes > 1  # to evaluate too
+
     # --- set-up -----------------------------------------------------------------------------------------------------
 
     def setup_environment(self) -> None:
         """Join the other ranks; loaders may be made at any time from now on."""
-        secret.check(self.num_nodes)
         super().setup_environment()
         trainer = self._require_trainer()
         self._same = SameBatches(self)

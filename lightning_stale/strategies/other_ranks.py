@@ -64,7 +64,8 @@ class OtherRanks:
     def __init__(self, trainer: Callable[[], Trainer]) -> None:
         self._trainer = trainer
         self._control: Control | None = None
-        self._coordinator = HostedProcess(CoordinatorProcess)
+        self.host = HostedProcess(CoordinatorProcess)
+        """That of the coordinator through which they meet, unless they do otherwise."""
         self._reported: BaseException | None = None
 
     @property
@@ -102,18 +103,18 @@ class OtherRanks:
         serve = partial(
             serve_coordinator, world_size=topology.world_size, main_address=main_address, nodes=topology.nodes
         )
-        endpoint, credentials = self._coordinator.introduce(run, rank, topology.world_size, serve, check)
+        endpoint, credentials = self.host.introduce(run, rank, topology.world_size, serve, check)
         self._control = coordinator.Control(endpoint, credentials, rank, check)
         self.guard(barrier)  # until all have connected
-        self._coordinator.end_introduction()
+        self.host.end_introduction()
 
     def leave(self, finished: bool) -> None:
         """Meet them no longer; ``finished``: all is done here, and nothing has failed."""
         control, self._control = self._control, None
         if control is not None:
             control.close(finished)
-        self._coordinator.end_introduction()
-        self._coordinator.stop(_FAREWELL_S)
+        self.host.end_introduction()
+        self.host.stop(_FAREWELL_S)
 
     def check(self, fresh: bool = False) -> None:
         """End as another rank has ended, if one has; called again and again while this rank trains or waits."""

@@ -11,7 +11,9 @@ from lightning_stale.failures import RunFailedError
 from lightning_stale.paradigms import PARADIGMS, Paradigm, as_paradigm
 from lightning_stale.parameter_server.apply import ApplyRule, Plain, as_apply_rule
 from lightning_stale.parameter_server.client import Release, Transport
+from lightning_stale.parameter_server.process import ServerProcess
 from lightning_stale.strategies.base import StaleStrategy
+from lightning_stale.strategies.hosted_process import HostedProcess
 from lightning_stale.strategies.updates.server import ServerUpdate
 from lightning_stale.transport import memory
 
@@ -132,14 +134,19 @@ class StaleSyncStrategy(StaleStrategy):
 
     # --- training ---------------------------------------------------------------------------------------------------
 
+    @property
+    def _host(self) -> HostedProcess[ServerProcess]:
+        return self._update.host
+
+    def _connects(self, trainer: Trainer) -> bool:
+        return trainer.state.fn == TrainerFn.FITTING  # one worker has a server too
+
     def setup(self, trainer: Trainer) -> None:
-        """Set up, and let the server process import what it needs meanwhile."""
+        """Set up, and leave clipping to the server where it steps with the mean of a round."""
         super().setup(trainer)
         if trainer.state.fn != TrainerFn.FITTING:
             return
         self.apply.check(self.optimizers)
-        if self.is_global_zero:
-            self._update.host.prepare()
         if self.paradigm.averages:
             self._clip_with(self._update.note_clipping)
 
