@@ -1,7 +1,7 @@
 """The README and the pages of ``docs/``, as what a test can look at: their snippets, links and headings.
 
-A fenced block may have a comment above it: ``<!-- run: NAME -->`` names the test that runs it, and
-``<!-- not yet: WHAT -->`` says that what it shows has not landed. Without one, a block runs by itself.
+A fenced block may have a comment above it: ``<!-- run: NAME -->`` names the test that runs it. Without one, a block
+runs by itself.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 _BLOCK = re.compile(
-    r"(?:^<!-- (?P<how>run|not yet): (?P<name>[^>]+) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$",
+    r"(?:^<!-- run: (?P<name>[^>]+) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$",
     re.DOTALL | re.MULTILINE,
 )
 
@@ -27,7 +27,6 @@ class Snippet:
     line: int
     language: str
     code: str
-    how: str | None
     name: str | None
 
     def __str__(self) -> str:
@@ -41,13 +40,13 @@ def snippets(language: str | None = None) -> list[Snippet]:
         text = page.read_text()
         for block in _BLOCK.finditer(text):
             line = text.count("\n", 0, block.start("code"))
-            found.append(Snippet(page, line, block["language"], block["code"], block["how"], block["name"]))
+            found.append(Snippet(page, line, block["language"], block["code"], block["name"]))
     return [snippet for snippet in found if language in (None, snippet.language)]
 
 
 def named(name: str) -> list[Snippet]:
     """Return the blocks under ``<!-- run: name -->``."""
-    return [snippet for snippet in snippets() if snippet.how == "run" and snippet.name == name]
+    return [snippet for snippet in snippets() if snippet.name == name]
 
 
 def commands(snippet: Snippet) -> list[str]:

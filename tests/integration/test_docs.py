@@ -20,13 +20,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_stale import DSPStrategy
 from tests.integration.harness import run_script
 from tests.integration.models import TRAINER, assert_same, trainer, weights
-from tests.pages import Snippet, named, snippets
+from tests.pages import PAGES, Snippet, named, snippets
 
-ALONE = [snippet for snippet in snippets("python") if snippet.how is None]
+ALONE = [snippet for snippet in snippets("python") if snippet.name is None]
 BATCHES = 8
 BY_NAME = {"five lines", "compare", "gpt2"}
 """Those that have a test of their own below."""
-NOT_YET = {"apply rules"}
 
 _Trainer = L.Trainer
 
@@ -68,21 +67,15 @@ def run(snippet: Snippet, names: dict[str, Any], code: str | None = None) -> dic
 
 
 def test_no_snippet_is_left_out() -> None:
-    assert {snippet.name for snippet in snippets() if snippet.how == "run"} == BY_NAME
-    assert {snippet.name for snippet in snippets("python") if snippet.how == "not yet"} <= NOT_YET
+    assert {snippet.name for snippet in snippets() if snippet.name is not None} == BY_NAME
+    assert {snippet.language for snippet in snippets()} == {"python", "bash", "yaml", "text"}
+    fences = sum(page.read_text().count("```") for page in PAGES)
+    assert fences == 2 * len(snippets()), "a block that is indented, or whose fence has more than a language"
 
 
 @pytest.mark.parametrize("snippet", ALONE, ids=str)
 def test_a_snippet_runs_on_its_own(snippet: Snippet, readers_own: dict[str, Any]) -> None:
     run(snippet, readers_own)
-
-
-def test_what_has_not_landed_is_not_there_yet(readers_own: dict[str, Any]) -> None:
-    """When it is, its snippets run: take the comment away."""
-    for snippet in snippets("python"):
-        if snippet.how == "not yet":
-            with pytest.raises((ImportError, TypeError)):
-                run(snippet, readers_own)
 
 
 SCRIPT = """

@@ -21,8 +21,8 @@ from docs.docstrings import as_markdown
 from recipes import schemas  # noqa: F401 - of the configs
 from tests.pages import PAGES, ROOT, Snippet, anchors, commands, links, snippets
 
-BASH = [snippet for snippet in snippets("bash") if snippet.how is None]
-YAML = [snippet for snippet in snippets("yaml") if snippet.how is None]
+BASH = [snippet for snippet in snippets("bash") if snippet.name is None]
+YAML = [snippet for snippet in snippets("yaml") if snippet.name is None]
 WIDEST = 84
 """Characters of code that fit beside the menus of a screen of 1400 pixels (docs/style.css)."""
 
