@@ -8,7 +8,7 @@ optimizer, the rules and the data are the real ones, and as there the workers sh
 All use SGD with momentum 0.9 (Dana: its own) and the same learning rate, but for the last row, which is scaled by the
 number of workers, as is usual for DDP. Without staleness there would be the first row.
 
-    python benchmarks/apply_rules.py [--lr 0.03] [--epochs 12] [--seeds 1 2 3]
+    python benchmarks/apply_rules.py [--lr 0.01] [--epochs 12] [--seeds 1 2 3]
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def described(name: str, results: list[Result]) -> str:
 def main() -> None:
     """Measure, and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lr", type=float, default=0.03)
+    parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     arguments = parser.parse_args()

@@ -48,7 +48,8 @@ class ServerProcess(ChildProcess):
         super().__init__(
             "lightning_stale.parameter_server",
             "parameter server",
-            "; an optimizer class that cannot be imported outside of this script's folder is the usual cause.",
+            "; an optimizer or apply rule whose class cannot be imported outside of this script's folder is the usual "
+            "cause.",
         )
 
     def serve(

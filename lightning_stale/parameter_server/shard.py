@@ -140,8 +140,8 @@ class Shard(Plane):
 
     def _link(self, peer: Peer, link: ServerLink) -> None:
         worker = self._workers[peer.member] = _Worker(link, self._layout.views(link.gradients))
-        if self._store.rule.needs_weights_then and link.weights is not None:
-            worker.then = self._layout.views(link.weights)
+        if self._store.rule.needs_weights_then:
+            worker.then = self._store.views if link.weights is None else self._layout.views(link.weights)
 
     def _on_more(self, peer: Peer, worker: _Worker, message: dict[str, Any]) -> None:
         self._deliveries.send_more(peer.identity)
@@ -207,7 +207,7 @@ class Shard(Plane):
                 clip=None if message["clip"] is None else tuple(message["clip"]),
                 worker=peer.member,
                 staleness=self._store.version - worker.pulled,
-                weights_then=self._store.views if self._world_size == 1 else worker.then,  # alone, it has the newest
+                weights_then=worker.then,
                 lasting=not message["whole"],
             )
             worker.staleness, worker.applied = push.staleness, True

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StalePush:
     """A gradient as it reaches the server, for one optimizer; the lists have an entry per parameter that has one.
 
@@ -47,7 +47,7 @@ class StalePush:
         return self.then
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
     """What the optimizer steps with.
 
@@ -101,7 +101,10 @@ class ApplyRule(ABC):
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as numbers, strings, tensors, lists and dicts; empty if the rule has none."""
+        """Return the state as numbers, strings, tensors, lists and dicts; empty if the rule never has any.
+
+        Called before :meth:`begin` too, to see whether it has.
+        """
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
