@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test soak lint bench
+.PHONY: quickstart test soak lint docs bench
 
 quickstart: .venv/.installed
 	$(BIN)/python recipes/train.py -m experiment=digits trainer/strategy=ddp,bsp,ssp,dssp hydra.sweep.dir=outputs/quickstart
@@ -19,6 +19,9 @@ lint: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: .venv/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 bench: .venv/.installed
 	$(BIN)/python benchmarks/exchange.py
 	$(BIN)/python benchmarks/workers.py
@@ -26,6 +29,7 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/overlap.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/accuracy.py
+	$(BIN)/python benchmarks/apply_rules.py
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

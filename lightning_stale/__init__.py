@@ -21,6 +21,16 @@ __version__ = "0.1.0"
 if "lightning_stale_server" not in sys._xoptions:  # the server process needs torch, and not all of lightning
     from lightning_stale.callbacks import StalenessMonitor, StragglerInjection, ThresholdSchedule
     from lightning_stale.launchers import hydra_job
+    from lightning_stale.parameter_server.apply import (
+        ApplyRule,
+        Dana,
+        DelayCompensated,
+        Plain,
+        Ringmaster,
+        Scaled,
+        StalePush,
+        Step,
+    )
     from lightning_stale.strategies import DSPStrategy, HPSGDStrategy, StaleSyncStrategy, register_strategies
     from lightning_stale.strategies.twin import refuse_twin
 
@@ -29,9 +39,13 @@ if "lightning_stale_server" not in sys._xoptions:  # the server process needs to
 else:
 
     def __getattr__(name: str) -> Any:
-        """Import the rest after all: the module that defines the user's optimizer may ask for it."""
+        """Import the rest after all: the module that defines the user's optimizer or apply rule may ask for it."""
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from lightning_stale.parameter_server import apply
+
+        if hasattr(apply, name):
+            return getattr(apply, name)
         from lightning_stale import callbacks, launchers, strategies
 
         return next(getattr(module, name) for module in (strategies, callbacks, launchers) if hasattr(module, name))
@@ -42,10 +56,18 @@ __all__ = [
     "BSP",
     "DSSP",
     "SSP",
+    "ApplyRule",
     "DSPStrategy",
+    "Dana",
+    "DelayCompensated",
     "HPSGDStrategy",
+    "Plain",
+    "Ringmaster",
+    "Scaled",
+    "StalePush",
     "StaleSyncStrategy",
     "StalenessMonitor",
+    "Step",
     "StragglerInjection",
     "ThresholdSchedule",
     "hydra_job",

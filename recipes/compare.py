@@ -113,7 +113,7 @@ def draw(runs: dict[str, Run], path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(5, 3.4), layout="constrained")
     for name, run in runs.items():
         if run.curve:
             seconds, accuracy = zip(*run.curve, strict=True)
@@ -121,7 +121,7 @@ def draw(runs: dict[str, Run], path: Path) -> None:
     axes.set(xlabel="time (s)", ylabel="validation accuracy (%)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=160)
 
 
 def main() -> None:

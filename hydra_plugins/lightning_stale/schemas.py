@@ -68,6 +68,7 @@ class StaleSyncStrategy(StaleStrategy):
 
     _target_: str = "lightning_stale.StaleSyncStrategy"
     transport: str = "auto"
+    apply: Any = "plain"  # a name, or a rule; the group `apply` has one schema for each
 
 
 @dataclass
@@ -96,6 +97,38 @@ class DSSPStrategy(StaleSyncStrategy):
     """With its paradigm."""
 
     paradigm: DSSP = field(default_factory=DSSP)
+
+
+@dataclass
+class Ringmaster:
+    """``lightning_stale.Ringmaster``."""
+
+    _target_: str = "lightning_stale.Ringmaster"
+    R: int | None = None
+
+
+@dataclass
+class DelayCompensated:
+    """``lightning_stale.DelayCompensated``."""
+
+    _target_: str = "lightning_stale.DelayCompensated"
+    lambda_: float | None = None
+    adaptive: bool = True
+
+
+@dataclass
+class Dana:
+    """``lightning_stale.Dana``."""
+
+    _target_: str = "lightning_stale.Dana"
+    momentum: float = 0.9
+
+
+@dataclass
+class Scaled:
+    """``lightning_stale.Scaled``."""
+
+    _target_: str = "lightning_stale.Scaled"
 
 
 @dataclass
@@ -153,6 +186,10 @@ SCHEMAS = {
     "dssp": DSSPStrategy,
     "hpsgd": HPSGDStrategy,
     "dsp": DSPStrategy,
+    "apply_ringmaster": Ringmaster,
+    "apply_delay_compensated": DelayCompensated,
+    "apply_dana": Dana,
+    "apply_scaled": Scaled,
     "adaptation_dssp": AdaptedSSP,
     "adaptation_schedule": ThresholdSchedule,
 }

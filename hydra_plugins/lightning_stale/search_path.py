@@ -1,4 +1,4 @@
-"""Makes the groups ``trainer/strategy`` and ``adaptation``, and the strategies' names, known to every Hydra app."""
+"""Makes the groups ``trainer/strategy``, ``apply`` and ``adaptation``, and names, known to every Hydra app."""
 
 from __future__ import annotations
 

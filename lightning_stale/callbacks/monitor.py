@@ -12,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from lightning_stale.parameter_server.apply import Plain
 from lightning_stale.strategies.stale_sync import StaleSyncStrategy
 
 
@@ -25,6 +26,8 @@ class StalenessMonitor(Callback):
     - ``staleness/wait_share``: part of the time of the last step that was spent waiting, 0..1;
     - ``staleness/samples_per_s``: samples per second of this worker, loading not counted; where Lightning can tell the
       size of a batch;
+    - ``staleness/refused``: 1 where the apply rule did not let the push be an update, else 0; with a rule other than
+      ``"plain"``, and not in the progress bar;
     - ``staleness/threshold``, or ``staleness/lower`` and ``staleness/upper``: the thresholds in force; not in the
       progress bar.
 
@@ -78,7 +81,8 @@ class StalenessMonitor(Callback):
             pass
         pl_module.log_dict(values, on_step=True, on_epoch=False, prog_bar=self.prog_bar, batch_size=1)
         bounds = {f"staleness/{name}": float(value) for name, value in trainer.strategy.paradigm.thresholds.items()}
-        pl_module.log_dict(bounds, on_step=True, on_epoch=False, batch_size=1)
+        refused = {} if type(trainer.strategy.apply) is Plain else {"staleness/refused": float(not release.applied)}
+        pl_module.log_dict({**bounds, **refused}, on_step=True, on_epoch=False, batch_size=1)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table."""
@@ -89,14 +93,19 @@ class StalenessMonitor(Callback):
 
 def summary_table(summary: dict[str, Any]) -> Table:
     """Return ``StaleSyncStrategy.summary()`` as a table that fits 80 columns."""
-    table = Table(title=f"{summary['paradigm']}: {summary['updates']} updates", box=box.SIMPLE_HEAD)
-    for heading in ("rank", "pushes", "lead (max)", "staleness (max)", "waited", "of the time"):
+    rule = summary.get("apply", "Plain()")  # files of earlier runs have none
+    name = summary["paradigm"] if rule == "Plain()" else f"{summary['paradigm']}, {rule}"
+    table = Table(title=f"{name}: {summary['updates']} updates", box=box.SIMPLE_HEAD)
+    refused = ["refused"] if any(worker.get("refused") for worker in summary["workers"]) else []
+    share = "share" if refused else "of the time"  # 80 columns
+    for heading in ("rank", "pushes", *refused, "lead (max)", "staleness (max)", "waited", share):
         table.add_column(heading, justify="right", no_wrap=True)
     for worker in summary["workers"]:
         total_s = max(worker["wait_s"] + worker["compute_s"], 1e-9)
         table.add_row(
             str(worker["rank"]),
             str(worker["pushes"]),
+            *(str(worker[name]) for name in refused),
             f"{worker['mean_lead']:.2f} ({worker['max_lead']})",
             f"{worker['mean_staleness']:.2f} ({worker['max_staleness']})",
             f"{worker['wait_s']:.1f} s",

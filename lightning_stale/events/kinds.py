@@ -59,6 +59,13 @@ class Pushed(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Refused(Event):
+    """The apply rule has let a worker's gradient go, so that it is no update."""
+
+    worker: int
+
+
+@dataclass(frozen=True, slots=True)
 class Updated(Event):
     """The weights have had this many updates."""
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lightning_stale.events.kinds import Event, Pushed, Released, Spent, ThresholdsSet, Updated
+from lightning_stale.events.kinds import Event, Pushed, Refused, Released, Spent, ThresholdsSet, Updated
 
 
 @dataclass
@@ -22,12 +22,14 @@ class WorkerCounts:
     total_staleness: int = 0
     wait_s: float = 0.0
     compute_s: float = 0.0
+    refused: int = 0
 
     def summary(self) -> dict[str, Any]:
         """Return the row of ``StaleSyncStrategy.summary()``."""
         return {
             "rank": self.rank,
             "pushes": self.pushes,
+            "refused": self.refused,
             "max_lead": self.max_lead,
             "mean_lead": self.total_lead / max(1, self.releases),
             "max_staleness": self.max_staleness,
@@ -77,6 +79,8 @@ class StaleSyncCounts:
                 worker.pushes += 1
                 worker.max_staleness = max(worker.max_staleness, event.staleness)
                 worker.total_staleness += event.staleness
+            case Refused():
+                self.workers[event.worker].refused += 1
             case Released():
                 worker = self.workers[event.worker]
                 worker.releases += 1

@@ -53,7 +53,7 @@ def main() -> None:
     weights = torch.zeros(layout.nbytes, dtype=torch.uint8)
     for slot in layout.slots:
         _read_into(weights[slot.offset : slot.offset + slot.nbytes])
-    store = ParameterStore(weights, layout)
+    store = ParameterStore(weights, layout, job.apply)
     buffers = [torch.empty(nbytes, dtype=torch.uint8) for nbytes in job.buffers]
     for buffer in buffers:
         _read_into(buffer)
@@ -61,6 +61,7 @@ def main() -> None:
     del buffers
     compute_on_cpu(optimizers)
     store.set_optimizers(optimizers)
+    job.apply.begin(job.world_size, len(optimizers))
     socket = ServerSocket(job.host, job.server_keys, job.worker_key)
     counts = StaleSyncCounts(job.world_size, job.paradigm.thresholds)
     recorder = Recorder(counts)
@@ -99,3 +100,7 @@ def _warm_up() -> None:
 
 if __name__ == "__main__":
     main()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # rank 0 waits for this end: nothing is left to do here but to take torch apart, which takes a second

@@ -27,7 +27,10 @@ Transport = Literal["auto", "shm", "tcp"]
 
 @dataclass(frozen=True)
 class Release:
-    """An OK: the worker's clock and lead, the staleness of its push, and the version of the weights it pulled."""
+    """An OK: the worker's clock and lead, the staleness of its push, and the version of the weights it pulled.
+
+    ``applied`` is false where the apply rule did not let the push be an update.
+    """
 
     version: int
     clock: int
@@ -35,6 +38,7 @@ class Release:
     staleness: int
     wait_s: float
     compute_s: float
+    applied: bool = True
 
 
 class ParameterClient:
@@ -165,7 +169,9 @@ class ParameterClient:
         wait_s = time.monotonic() - started
         self._wait_s += wait_s
         self.last_release = Release(
-            message["version"], message["clock"], message["lead"], message["staleness"], wait_s, compute_s
+            **{name: message[name] for name in ("version", "clock", "lead", "staleness", "applied")},
+            wait_s=wait_s,
+            compute_s=compute_s,
         )
         self.start_computing()
         return self.last_release

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -41,6 +42,38 @@ def write_options(
                 continue
             else:
                 group[name] = tuple(value) if isinstance(held, tuple) else value
+
+
+@contextmanager
+def scaled_learning_rates(optimizer: Optimizer, factor: float) -> Iterator[None]:
+    """Have the learning rate of every param group multiplied by ``factor`` for one step.
+
+    What a step itself does to its learning rate (a decay, say) stays, in proportion.
+
+    Raises:
+        ValueError: for a factor other than 1 if a param group has no learning rate.
+    """
+    if factor == 1.0:
+        yield
+        return
+    if not all("lr" in group for group in optimizer.param_groups):
+        raise ValueError(
+            f"{type(optimizer).__name__} has no 'lr' in its param groups, and the apply rule returned "
+            f"Step(lr_factor={factor}): write lr_factor=1.0, or another optimizer"
+        )
+    before = [group["lr"] for group in optimizer.param_groups]
+    for group, rate in zip(optimizer.param_groups, before, strict=True):
+        group["lr"] = rate * factor  # a new tensor, where it is one: several groups may share theirs
+    given = [float(group["lr"]) for group in optimizer.param_groups]
+    try:
+        yield
+    finally:
+        for group, rate, value in zip(optimizer.param_groups, before, given, strict=True):
+            now = float(group["lr"])
+            if now == value:
+                group["lr"] = rate
+            elif value != 0:
+                group["lr"] = rate * (now / value)
 
 
 def changed_options(before: Options, after: Options) -> set[tuple[int, str]]:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_stale.coordinator.process import ChildProcess
 from lightning_stale.paradigms import Paradigm
+from lightning_stale.parameter_server.apply import ApplyRule, Plain
 from lightning_stale.parameter_server.pickling import dump_optimizers, memory_of
 from lightning_stale.transport.credentials import Credentials
 from lightning_stale.transport.layout import Layout
@@ -29,6 +30,7 @@ class Job:
     optimizers: bytes
     buffers: list[int]  # bytes of each of those that follow the weights, which follow the job
     paradigm: Paradigm
+    apply: ApplyRule
     world_size: int
     host: str
     folder: str
@@ -46,7 +48,8 @@ class ServerProcess(ChildProcess):
         super().__init__(
             "lightning_stale.parameter_server",
             "parameter server",
-            "; an optimizer class that cannot be imported outside of this script's folder is the usual cause.",
+            "; an optimizer or apply rule whose class cannot be imported outside of this script's folder is the usual "
+            "cause.",
         )
 
     def serve(
@@ -60,6 +63,7 @@ class ServerProcess(ChildProcess):
         folder: str,
         local_workers: int = 0,
         snapshot: Mapping[str, Any] | None = None,
+        apply: ApplyRule | None = None,
     ) -> int:
         """Send the job, and return the port once the server listens.
 
@@ -72,7 +76,8 @@ class ServerProcess(ChildProcess):
             host: the address to listen on.
             folder: where shared memory is made.
             local_workers: those that share memory with the server; for others it is made when they connect.
-            snapshot: the clocks of a checkpoint.
+            snapshot: the clocks of a checkpoint, and what the apply rule remembers.
+            apply: how a push is applied; ``None``: as it is.
 
         Raises:
             OptimizerPicklingError: if an optimizer cannot be sent.
@@ -85,6 +90,7 @@ class ServerProcess(ChildProcess):
             optimizers=dumped,
             buffers=[buffer.numel() for buffer in buffers],
             paradigm=paradigm,
+            apply=apply or Plain(),
             world_size=world_size,
             host=host,
             folder=folder,

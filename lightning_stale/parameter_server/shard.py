@@ -33,6 +33,8 @@ class _Worker:
     own: list[tuple[int, int]] | None = None  # what its last push has changed; None: it takes all weights
     pulls: bool = True  # when all have met
     staleness: int = 0  # of its last push
+    applied: bool = True  # whether the rule let it be
+    then: list[Tensor] | None = None  # the weights that it holds, one view per slot, if the rule needs them
 
 
 class Shard(Plane):
@@ -93,6 +95,7 @@ class Shard(Plane):
                 self._paradigm.leave(worker, now)
         self._store.version = snapshot["updates"]
         self._counts.load_state_dict(snapshot)
+        self._store.resume_rule(snapshot.get("apply"))
 
     def prepare_segments(self, count: int, report: Callable[[], None]) -> None:
         """Make the shared memory of ``count`` workers before they connect, which they do not do for ever.
@@ -110,7 +113,7 @@ class Shard(Plane):
     def welcome(self, peer: Peer, message: dict[str, Any]) -> dict[str, Any]:
         nbytes = 2 * self._layout.nbytes
         if not message["shared"]:
-            self._link(peer, StreamServerLink(self._layout.nbytes))
+            self._link(peer, self._stream())
             return {"path": "", "token": b"", "nbytes": nbytes}
         segment = self._segments.pop() if self._segments else memory.create_segment(nbytes, self._folder)
         link = SharedServerLink(segment)
@@ -130,10 +133,15 @@ class Shard(Plane):
             self._handlers[message["type"]](peer, worker, message)
 
     def _on_unshare(self, peer: Peer, worker: _Worker, message: dict[str, Any]) -> None:
-        self._link(peer, StreamServerLink(self._layout.nbytes))
+        self._link(peer, self._stream())
+
+    def _stream(self) -> ServerLink:
+        return StreamServerLink(self._layout.nbytes, keeps=self._store.rule.needs_weights_then and self._world_size > 1)
 
     def _link(self, peer: Peer, link: ServerLink) -> None:
-        self._workers[peer.member] = _Worker(link, self._layout.views(link.gradients))
+        worker = self._workers[peer.member] = _Worker(link, self._layout.views(link.gradients))
+        if self._store.rule.needs_weights_then:
+            worker.then = self._store.views if link.weights is None else self._layout.views(link.weights)
 
     def _on_more(self, peer: Peer, worker: _Worker, message: dict[str, Any]) -> None:
         self._deliveries.send_more(peer.identity)
@@ -197,21 +205,30 @@ class Shard(Plane):
                 gradients=worker.gradients,
                 options=message["options"],
                 clip=None if message["clip"] is None else tuple(message["clip"]),
+                worker=peer.member,
+                staleness=self._store.version - worker.pulled,
+                weights_then=worker.then,
+                lasting=not message["whole"],
             )
-            worker.own = None if message["whole"] else self._layout.ranges(self._changed_by(push))
-            worker.staleness = self._store.version - worker.pulled
+            worker.staleness, worker.applied = push.staleness, True
             self._note_times(peer, message)
             self._record(events.Pushed(self._service.now(), peer.member, worker.staleness))
             if self._paradigm.averages:
                 self._round[peer.member] = push
             else:
-                self._apply(lambda: self._store.apply(push))
+                worker.applied = self._apply(lambda: self._store.apply(push))
+                if not worker.applied:
+                    self._record(events.Refused(self._service.now(), peer.member))
+            changed = self._changed_by(push) if worker.applied else []
+            worker.own = None if message["whole"] else self._layout.ranges(changed)
         self._service.tell(m.Push(peer.member, peer.generation))
 
-    def _apply(self, step: Callable[[], None]) -> None:
+    def _apply(self, step: Callable[[], bool]) -> bool:
         self._deliveries.keep()
-        step()
-        self._record(events.Updated(self._service.now(), self._store.version))
+        applied = step()
+        if applied:
+            self._record(events.Updated(self._service.now(), self._store.version))
+        return applied
 
     def _changed_by(self, push: Push) -> list[int]:
         """Return the slots of the weights that a plain Trainer's optimizer would have changed in this step."""
@@ -228,7 +245,7 @@ class Shard(Plane):
 
     def released(self, peer: Peer, reply: m.Released) -> None:
         worker = self._workers[peer.member]
-        fields = {"clock": reply.clock, "lead": reply.lead, "staleness": worker.staleness}
+        fields = {"clock": reply.clock, "lead": reply.lead, "staleness": worker.staleness, "applied": worker.applied}
         self._give_weights(peer, worker, "released", worker.own, **fields)
 
     def _give_weights(
@@ -248,7 +265,7 @@ class Shard(Plane):
             ranges = [(0, self._layout.nbytes)] if worker.whole != self._store.version else []
             worker.pulled = worker.whole = self._store.version
         else:
-            worker.pulled += 1
+            worker.pulled += worker.applied
         pieces = worker.link.give(self._store.weights, ranges)
         self._send(peer, kind, pieces, version=self._store.version, **fields)
 
@@ -288,12 +305,14 @@ class Shard(Plane):
                 "paradigm": type(self._paradigm).__name__,
                 "state": self._paradigm.state_dict(),
                 "world_size": self._world_size,
+                "apply": self._store.rule_state(),
                 **self._counts.state_dict(),
             },
         )
 
     def _on_summary(self, peer: Peer, worker: _Worker, message: dict[str, Any]) -> None:
-        self._reply(peer, {"paradigm": repr(self._paradigm), **self._counts.summary()})
+        rules = {"paradigm": repr(self._paradigm), "apply": repr(self._store.rule)}
+        self._reply(peer, {**rules, **self._counts.summary()})
 
     def _reply(self, peer: Peer, value: Any) -> None:
         parcel = pack(value)

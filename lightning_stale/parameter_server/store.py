@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_stale.parameter_server.options import Options, changed_options, read_options, write_options
+from lightning_stale.parameter_server.apply import ApplyRule, Plain, StalePush, Step
+from lightning_stale.parameter_server.options import (
+    Options,
+    changed_options,
+    read_options,
+    scaled_learning_rates,
+    write_options,
+)
 from lightning_stale.transport.layout import Layout
 
 
@@ -25,6 +33,11 @@ class Push:
         gradients: the worker's gradient buffer, one view per parameter of the store.
         options: the worker's current param-group values (see :mod:`~lightning_stale.parameter_server.options`).
         clip: clip the mean of the round at this value, by ``"norm"`` or ``"value"``.
+        worker: its rank.
+        staleness: the updates since it pulled.
+        weights_then: the weights that the gradients were computed on, one tensor per parameter of the store, if the
+            rule needs them.
+        lasting: whether the worker may need the gradients as they are after this push.
     """
 
     optimizer: int
@@ -32,16 +45,30 @@ class Push:
     gradients: Sequence[Tensor]
     options: Options
     clip: tuple[float, str] | None = None
+    worker: int = 0
+    staleness: int = 0
+    weights_then: Sequence[Tensor] | None = None
+    lasting: bool = False
 
 
 class ParameterStore:
-    """The weights ``w``, updated by the user's optimizers; counts the updates in :attr:`version`."""
+    """The weights ``w``, updated by the user's optimizers; counts the updates in :attr:`version`.
 
-    def __init__(self, weights: Tensor, layout: Layout) -> None:
-        """``weights``: the flat buffer (``torch.uint8``) that ``layout`` describes."""
+    Args:
+        weights: the flat buffer (``torch.uint8``) that ``layout`` describes.
+        layout: of the parameters.
+        rule: how a pushed gradient is applied; it has begun.
+
+    Attributes:
+        views: the weights, one tensor per slot, as plain tensors.
+    """
+
+    def __init__(self, weights: Tensor, layout: Layout, rule: ApplyRule | None = None) -> None:
         self.weights = weights
+        self.rule = Plain() if rule is None else rule
         self.version = 0
-        self._parameters = [torch.nn.Parameter(view, requires_grad=_may_learn(view)) for view in layout.views(weights)]
+        self.views = layout.views(weights)
+        self._parameters = [torch.nn.Parameter(view, requires_grad=_may_learn(view)) for view in self.views]
         self.optimizers: list[Optimizer] = []
         self._places: list[list[int]] = []
         self._in_several: set[int] = set()  # the places that more than one optimizer has
@@ -65,37 +92,98 @@ class ParameterStore:
         """Return which slots belong to ``optimizer``, in the order of its param groups."""
         return self._places[optimizer]
 
-    def apply(self, push: Push) -> None:
-        """Take one full step with the gradient of one worker (ASP, SSP, DSSP)."""
-        self._step(push, [push])
+    @torch.no_grad()
+    def apply(self, push: Push) -> bool:
+        """Take one full step with the gradient of one worker, as the rule has it (ASP, SSP, DSSP).
 
-    def apply_mean(self, pushes: Sequence[Push]) -> None:
+        Returns:
+            Whether the rule let it be applied.
+        """
+        gradients = {
+            place: push.gradients[place]
+            for place, used in zip(self._places[push.optimizer], push.used, strict=True)
+            if used
+        }
+        if self.rule.changes_gradients:
+            gradients = {
+                place: gradient.clone() if push.lasting or place in self._in_several else gradient
+                for place, gradient in gradients.items()
+            }
+        step = self._ask_rule(push, gradients)
+        if step is None:
+            return False
+        self._step(push, dict(zip(gradients, step.gradients, strict=True)), float(step.lr_factor))
+        return True
+
+    def _ask_rule(self, push: Push, gradients: Mapping[int, Tensor]) -> Step | None:
+        places, then = list(gradients), push.weights_then
+        answer: object = self.rule.step(
+            StalePush(
+                worker=push.worker,
+                optimizer=push.optimizer,
+                staleness=push.staleness,
+                places=places,
+                gradients=list(gradients.values()),
+                weights=[self.views[place] for place in places],
+                then=None if then is None else [then[place] for place in places],
+            )
+        )
+        if answer is None:
+            return None
+        if not isinstance(answer, Step):
+            raise TypeError(
+                f"{self.rule!r}.step() returned {answer!r}: return Step(push.gradients), or None for no step"
+            )
+        if len(answer.gradients) != len(places) or not 0 <= answer.lr_factor < math.inf:
+            raise ValueError(
+                f"{self.rule!r}.step() returned {len(answer.gradients)} gradients and lr_factor={answer.lr_factor}: "
+                f"return one for each of the {len(places)} of the push, and a finite factor >= 0"
+            )
+        return answer
+
+    @torch.no_grad()
+    def apply_mean(self, pushes: Sequence[Push]) -> bool:
         """Take one step per optimizer with the mean of the gradients of a round, in the order given (BSP)."""
         for index in sorted({push.optimizer for push in pushes}):
             same = [push for push in pushes if push.optimizer == index]
-            self._step(same[0], same)
+            self._step(same[0], self._means(index, same))
+        return True
 
-    @torch.no_grad()
-    def _step(self, first: Push, pushes: Sequence[Push]) -> None:
-        optimizer, own = self.optimizers[first.optimizer], self._own_options[first.optimizer]
-        write_options(optimizer, first.options, keep=own)
-        touched = []
-        for position, place in enumerate(self._places[first.optimizer]):
+    def _means(self, optimizer: int, pushes: Sequence[Push]) -> dict[int, Tensor]:
+        means = {}
+        for position, place in enumerate(self._places[optimizer]):
             given = [push.gradients[place] for push in pushes if push.used[position]]
             if given:
                 if len(pushes) > 1 and place in self._in_several:
                     given[0] = given[0].clone()  # the worker may push the same gradient for the next optimizer
                 # The worker waits for its OK: until then its gradient buffer is the server's to use.
-                self._parameters[place].grad = _mean_into_first(given, len(pushes))
-                touched.append(self._parameters[place])
+                means[place] = _mean_into_first(given, len(pushes))
+        return means
+
+    def _step(self, first: Push, gradients: Mapping[int, Tensor], lr_factor: float = 1.0) -> None:
+        optimizer, own = self.optimizers[first.optimizer], self._own_options[first.optimizer]
+        write_options(optimizer, first.options, keep=own)
+        for place, gradient in gradients.items():
+            self._parameters[place].grad = gradient
+        touched = [self._parameters[place] for place in gradients]
         if first.clip is not None:
             _clip(touched, *first.clip)
         before = read_options(optimizer)
-        optimizer.step()
+        with scaled_learning_rates(optimizer, lr_factor):
+            optimizer.step()
         own |= changed_options(before, read_options(optimizer))
         for parameter in touched:
             parameter.grad = None
         self.version += 1
+
+    def rule_state(self) -> dict[str, Any]:
+        """Return the rule's name and state, for a checkpoint."""
+        return {"rule": type(self.rule).__name__, "state": self.rule.state_dict()}
+
+    def resume_rule(self, saved: Mapping[str, Any] | None) -> None:
+        """Let the rule go on from :meth:`rule_state` of a checkpoint, if that is of one of its kind."""
+        if saved is not None and saved["rule"] == type(self.rule).__name__ and saved["state"]:
+            self.rule.load_state_dict(saved["state"])
 
     def optimizer_state(self, index: int) -> dict[str, Any]:
         """Return the ``state_dict()`` of an optimizer, with those values of its param groups that ``step`` keeps."""
@@ -116,7 +204,8 @@ class ParameterStore:
         """Keep the weights in the buffer ``weights`` from now on."""
         weights.copy_(self.weights)
         self.weights = weights
-        for parameter, view in zip(self._parameters, layout.views(weights), strict=True):
+        self.views = layout.views(weights)
+        for parameter, view in zip(self._parameters, self.views, strict=True):
             parameter.data = view
 
 

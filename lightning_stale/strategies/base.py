@@ -55,7 +55,10 @@ class StaleStrategy(DDPStrategy):
         process_group_backend: as in ``DDPStrategy``.
         timeout: of a collective, and for the ranks to find each other. In ``fit`` nobody waits for a slow rank in a
             collective, however long it validates or saves, so it can be short.
-        accelerator, cluster_environment, checkpoint_io, precision_plugin: as in ``DDPStrategy``.
+        accelerator: as in ``DDPStrategy``.
+        cluster_environment: as in ``DDPStrategy``.
+        checkpoint_io: as in ``DDPStrategy``.
+        precision_plugin: as in ``DDPStrategy``.
     """
 
     _registered = ""

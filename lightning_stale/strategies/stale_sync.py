@@ -17,6 +17,8 @@ from torch.optim import Optimizer
 from lightning_stale.coordinator.connection import CONNECT_TIMEOUT_S, ServerLostError
 from lightning_stale.failures import RunFailedError, describe
 from lightning_stale.paradigms import PARADIGMS, Paradigm, as_paradigm
+from lightning_stale.parameter_server.apply import ApplyRule, Plain, as_apply_rule
+from lightning_stale.parameter_server.apply.base import changed_rule_warning
 from lightning_stale.parameter_server.client import ParameterClient, Release, Transport
 from lightning_stale.parameter_server.process import ServerProcess
 from lightning_stale.private import of_torch
@@ -45,13 +47,17 @@ class StaleSyncStrategy(StaleStrategy):
         paradigm: ``"bsp"``, ``"asp"``, ``"ssp"``, ``"dssp"``, or a paradigm such as ``SSP(threshold=5)``.
         transport: ``"auto"``: shared memory for workers on the server's host, TCP for others; ``"tcp"`` or ``"shm"``
             for all.
+        apply: how the server uses a gradient that was computed on older weights: ``"plain"`` (as it is),
+            ``"ringmaster"``, ``"delay-compensated"``, ``"dana"``, ``"scaled"``, or an
+            :class:`~lightning_stale.ApplyRule` such as ``Ringmaster(R=8)``.
         **kwargs: those of :class:`~lightning_stale.strategies.base.StaleStrategy`: ``start_method``,
             ``process_group_backend``, ``timeout``, ``accelerator``, ``cluster_environment``, ``checkpoint_io``,
             ``precision_plugin``.
 
     Raises:
-        ValueError: for an unknown paradigm or transport.
-        TypeError: for a paradigm that is neither a name nor a ``Paradigm``.
+        ValueError: for an unknown paradigm, transport or apply rule, or a rule with a paradigm that has no use for one
+            (``"bsp"``).
+        TypeError: for a paradigm that is neither a name nor a ``Paradigm``, and likewise for a rule.
 
     Example::
 
@@ -59,17 +65,26 @@ class StaleSyncStrategy(StaleStrategy):
         >>> from lightning_stale import DSSP, StaleSyncStrategy
         >>> strategy = StaleSyncStrategy(paradigm=DSSP(lower=3, upper=15))
         >>> trainer = Trainer(accelerator="cpu", devices=1, strategy=strategy, logger=False, enable_checkpointing=False)
-        >>> trainer.strategy.summary()
-        {'paradigm': 'DSSP(lower=3, upper=15, enforce_upper=True)', 'updates': 0, 'phases': [], 'workers': []}
+        >>> trainer.strategy.summary()   # doctest: +NORMALIZE_WHITESPACE
+        {'paradigm': 'DSSP(lower=3, upper=15, enforce_upper=True)', 'apply': 'Plain()', 'updates': 0, 'phases': [],
+         'workers': []}
     """
 
-    def __init__(self, *, paradigm: str | Paradigm = "dssp", transport: Transport = "auto", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        paradigm: str | Paradigm = "dssp",
+        transport: Transport = "auto",
+        apply: str | ApplyRule = "plain",
+        **kwargs: Any,
+    ) -> None:
         if transport not in ("auto", "shm", "tcp"):
             raise ValueError(f"transport={transport!r} is unknown: write 'auto', 'shm' or 'tcp'")
         if transport == "shm" and not memory.supported():
             raise ValueError("transport='shm' needs Linux: write transport='auto' or 'tcp'")
         super().__init__(**kwargs)
         self.paradigm = as_paradigm(paradigm)
+        self.apply = as_apply_rule(apply, self.paradigm.averages)
         names = [name for name, kind in PARADIGMS.items() if type(self.paradigm) is kind]
         self._registered = names[0] if names else "dssp"
         self.transport = transport
@@ -79,15 +94,22 @@ class StaleSyncStrategy(StaleStrategy):
         self._exchange: Exchange | None = None
         self._snapshot: Mapping[str, Any] | None = None  # of the checkpoint that fit resumes from
         self._last_snapshot: Mapping[str, Any] | None = None  # of the server when fit had ended
-        self._summary: dict[str, Any] = {"paradigm": repr(self.paradigm), "updates": 0, "phases": [], "workers": []}
+        self._summary: dict[str, Any] = {
+            "paradigm": repr(self.paradigm),
+            "apply": repr(self.apply),
+            "updates": 0,
+            "phases": [],
+            "workers": [],
+        }
 
     def summary(self) -> dict[str, Any]:
         """Return what was counted, on every rank, while ``fit`` runs and after it.
 
         Returns:
-            ``{"paradigm": str, "updates": int, "phases": [...], "workers": [...]}``: the paradigm as it is now, with a
-            dict per worker: ``rank``, ``pushes``, ``max_lead`` and ``mean_lead`` (clocks, at release),
-            ``max_staleness`` and ``mean_staleness`` (updates), ``wait_s`` and ``compute_s`` (seconds); and one per
+            ``{"paradigm": str, "apply": str, "updates": int, "phases": [...], "workers": [...]}``: paradigm and apply
+            rule as they are now, with a dict per worker: ``rank``, ``pushes``, ``refused`` (those that the rule did not
+            apply), ``max_lead`` and ``mean_lead`` (clocks, at release), ``max_staleness`` and ``mean_staleness``
+            (updates, of all pushes), ``wait_s`` and ``compute_s`` (seconds); and one per
             setting of the thresholds, see :meth:`set_thresholds`: ``thresholds``, ``since`` (the updates before it) and
             ``max_lead`` of all workers under it.
         """
@@ -144,8 +166,10 @@ class StaleSyncStrategy(StaleStrategy):
     def setup(self, trainer: Trainer) -> None:
         """Set up, and let the server process import what it needs meanwhile."""
         super().setup(trainer)
-        if trainer.state.fn == TrainerFn.FITTING and self.is_global_zero:
-            self._server = ServerProcess()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.apply.check(self.optimizers)
+            if self.is_global_zero:
+                self._server = ServerProcess()
 
     def on_train_start(self) -> None:
         """Let the server start and connect to it: weights, optimizers and clocks are final by now."""
@@ -195,8 +219,8 @@ class StaleSyncStrategy(StaleStrategy):
         client = self._require_client()
         if self.is_global_zero:  # which saves
             self._take_back_optimizers()
+            self._last_snapshot = client.snapshot()
         self.summary()
-        self._last_snapshot = client.snapshot()
         self._release_model()
         client.close(finished=True)
         self._client = None
@@ -316,6 +340,9 @@ class StaleSyncStrategy(StaleStrategy):
         """Load the state that the server will start from, and the clocks if there are any."""
         super().load_optimizer_state_dict(checkpoint)
         self._snapshot = checkpoint.get(CHECKPOINT_KEY)
+        warning = changed_rule_warning(self.apply, None if self._snapshot is None else self._snapshot.get("apply"))
+        if warning is not None:
+            rank_zero_warn(warning)
 
     # --- the server -------------------------------------------------------------------------------------------------
 
@@ -350,6 +377,7 @@ class StaleSyncStrategy(StaleStrategy):
             folder=self._choose_folder(layout),
             local_workers=self.num_processes if self._shares_memory() else 0,
             snapshot=self._snapshot,
+            apply=self.apply,
         )
         return Endpoint(
             address=f"tcp://{reached_at}:{port}",
@@ -379,4 +407,5 @@ class StaleSyncStrategy(StaleStrategy):
         return self._client
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(paradigm={self.paradigm!r}, transport={self.transport!r})"
+        apply = "" if type(self.apply) is Plain else f", apply={self.apply!r}"
+        return f"{type(self).__name__}(paradigm={self.paradigm!r}, transport={self.transport!r}{apply})"

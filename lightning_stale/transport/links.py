@@ -20,9 +20,11 @@ class ServerLink(ABC):
 
     Attributes:
         gradients: the bytes that the worker pushes.
+        weights: the bytes that it holds, as far as it was given them; ``None``: nobody keeps them here.
     """
 
     gradients: Tensor
+    weights: Tensor | None
 
     @abstractmethod
     def take(self, offset: int, data: memoryview) -> None:
@@ -72,7 +74,8 @@ class SharedServerLink(ServerLink):
     def __init__(self, segment: memory.Segment) -> None:
         nbytes = segment.data.numel() // 2
         self.segment = segment
-        self.gradients, self.weights = segment.data[:nbytes], segment.data[nbytes:]
+        self.gradients = segment.data[:nbytes]
+        self.weights: Tensor = segment.data[nbytes:]
 
     def take(self, offset: int, data: memoryview) -> None:
         raise wire.WireError(f"a chunk of {len(data)} bytes at {offset} from who shares its memory")
@@ -111,10 +114,12 @@ class StreamServerLink(ServerLink):
 
     Args:
         nbytes: of the weights.
+        keeps: whether to keep what the worker is given.
     """
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, keeps: bool = False) -> None:
         self.gradients = torch.zeros(nbytes, dtype=torch.uint8)
+        self.weights = torch.zeros(nbytes, dtype=torch.uint8) if keeps else None
 
     def take(self, offset: int, data: memoryview) -> None:
         if offset < 0 or offset + len(data) > self.gradients.numel():
@@ -122,6 +127,9 @@ class StreamServerLink(ServerLink):
         self.gradients.numpy()[offset : offset + len(data)] = data
 
     def give(self, weights: Tensor, ranges: Ranges) -> list[Piece]:
+        if self.weights is not None:
+            for start, end in ranges:
+                self.weights[start:end].copy_(weights[start:end])
         return [(start, weights[start:end]) for start, end in ranges]
 
 

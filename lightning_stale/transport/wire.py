@@ -47,7 +47,14 @@ SCHEMA: dict[str, dict[str, type | tuple[type, ...]]] = {
     "bye": {},
     # server -> worker
     "welcome": {"path": str, "token": bytes, "nbytes": int},
-    "released": {"version": int, "clock": int, "lead": int, "staleness": int, "nbytes": int},
+    "released": {
+        "version": int,
+        "clock": int,
+        "lead": int,
+        "staleness": int,
+        "applied": bool,  # whether the apply rule let the push be an update
+        "nbytes": int,
+    },
     "synced": {"version": int, "thresholds": dict, "nbytes": int},
     "reply": {"nbytes": int, "size": int, "head": int},  # of the parcel
     "pong": {},

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.integration.harness import Worker, script, signal_test, wait_for_file, workers
+from tests.integration.harness import PLAIN, Worker, script, signal_test, wait_for_file, workers
 from tests.integration.models import Regression, loader, trainer
 
 ENDLESS = {"max_epochs": -1}
@@ -293,7 +293,7 @@ trainer(2, "ssp", max_epochs=-1).fit(Faulty(Path(".")), loader())
 )
 def test_a_signal_ends_a_script(signum: int, to: str, returncodes: Any, said: str, tmp_path: Path) -> None:
     """Lightning's popen launcher: rank 0 is the script that the user has started, rank 1 its child."""
-    with script(SCRIPT, tmp_path) as process:
+    with script(SCRIPT, tmp_path, env=PLAIN) as process:
         for name in ("second-epoch-0", "second-epoch-1"):
             wait_for_file(tmp_path / name)
         (child,) = (p for p in psutil.Process(process.pid).children() if p.environ().get("LOCAL_RANK") == "1")

@@ -1,4 +1,4 @@
-"""Processes of a test end with the tests, also if these are killed: a script that trains for ever would go on."""
+"""What the tests start: it is spared what it does not need, and ends with the tests, also if these are killed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.integration.harness import ROOT, wait_for_file
+from tests.integration.harness import PLAIN, ROOT, run_script, wait_for_file
 
 SCRIPT = """
 import subprocess, sys, time
@@ -58,3 +58,25 @@ def test_nothing_outlives_tests_that_are_killed(tmp_path: Path) -> None:
         for process in started:
             if process.is_running():
                 process.kill()
+
+
+LOADED = """
+import gc, sys
+from importlib.metadata import version
+
+import lightning
+
+print("loaded:", [name for name in ("matplotlib", "scipy", "transformers") if name in sys.modules])
+print("frozen:", gc.get_freeze_count() > 100_000)
+import matplotlib, scipy.signal, transformers
+print("there:", *map(version, ("matplotlib", "scipy", "transformers")), *gc.get_threshold(), gc.isenabled())
+"""
+
+
+def test_a_script_imports_lightning_without_what_only_some_metrics_need(tmp_path: Path) -> None:
+    """And whoever asks for that has it; after the import, the garbage collector is as it always is."""
+    spared, plain = run_script(LOADED, tmp_path / "spared"), run_script(LOADED, tmp_path / "plain", env=PLAIN)
+    assert (spared.returncode, plain.returncode) == (0, 0), spared.output + plain.output
+    *loaded, there = spared.output.splitlines()
+    assert loaded == ["loaded: []", "frozen: True"]
+    assert plain.output.splitlines() == ["loaded: ['matplotlib', 'scipy', 'transformers']", "frozen: False", there]

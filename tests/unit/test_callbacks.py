@@ -181,6 +181,18 @@ def test_the_table_fits_80_columns() -> None:
     assert not any("…" in line for line in lines)
 
 
+def test_the_table_tells_the_rule_and_what_it_refused() -> None:
+    workers = [{**worker, "refused": refused} for worker, refused in zip(SUMMARY["workers"], (0, 17), strict=True)]
+    lines = rendered({**SUMMARY, "apply": "Ringmaster(R=8)", "workers": workers})
+    assert "SSP(threshold=2), Ringmaster(R=8): 1234 updates" in lines[0]
+    assert next(line for line in lines if "rank" in line).split()[:3] == ["rank", "pushes", "refused"]
+    assert next(line for line in lines if "434" in line).split()[:3] == ["1", "434", "17"]
+    assert max(map(len, lines)) <= 80
+    assert not any("…" in line for line in lines)
+    plain = [{**worker, "refused": 0} for worker in SUMMARY["workers"]]
+    assert rendered({**SUMMARY, "apply": "Plain()", "workers": plain}) == rendered(SUMMARY)
+
+
 def test_the_table_of_nobody() -> None:
     lines = rendered({"paradigm": "ASP()", "updates": 0, "phases": [], "workers": []})
     assert "ASP(): 0 updates" in lines[0]
@@ -250,6 +262,16 @@ def test_the_monitor_logs_the_last_ok(clock: SimpleNamespace, prog_bar: bool) ->
     monitor.on_train_batch_end(trainer, module, None, object(), 2)  # type: ignore[arg-type]
     (values, _), _ = module.calls
     assert "staleness/samples_per_s" not in values, "the size of such a batch is not known"
+
+
+@pytest.mark.parametrize("applied", [True, False])
+def test_the_monitor_logs_what_the_rule_refused(clock: SimpleNamespace, applied: bool) -> None:
+    strategy = StaleSyncStrategy(paradigm="asp", apply="ringmaster")
+    trainer, module = quiet_trainer(strategy), Recorder()
+    release = Release(version=9, clock=4, lead=2, staleness=3, wait_s=0.5, compute_s=1.5, applied=applied)
+    strategy._client = SimpleNamespace(last_release=release)  # type: ignore[assignment]
+    StalenessMonitor().on_train_batch_end(trainer, module, None, torch.zeros(1), 0)  # type: ignore[arg-type]
+    assert module.calls[-1][0] == {"staleness/refused": float(not applied)}
 
 
 @pytest.mark.parametrize("print_summary", [True, False])

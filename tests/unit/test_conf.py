@@ -25,6 +25,7 @@ import recipes.schemas  # noqa: F401 - as recipes/train.py does
 from hydra_plugins.lightning_stale import names
 from lightning_stale import DSSP, ThresholdSchedule
 from lightning_stale.paradigms import PARADIGMS
+from lightning_stale.parameter_server.apply import RULES
 from lightning_stale.strategies import strategy_names
 from lightning_stale.strategies.base import StaleStrategy
 
@@ -96,8 +97,15 @@ def test_the_schemas_of_adaptations_are_their_targets() -> None:
     assert plain(schemas()["adaptation_dssp"]) | {"threshold": 3} == parameters(DSSP.from_ssp)
 
 
+def test_the_schemas_of_rules_are_their_constructors() -> None:
+    for name in set(RULES) - {"plain"}:
+        schema = schemas()[f"apply_{name.replace('-', '_')}"]
+        assert OmegaConf.structured(schema)["_target_"] == f"lightning_stale.{RULES[name].__name__}"
+        assert plain(schema) == {k: v for k, v in parameters(RULES[name]).items() if k not in ("args", "kwargs")}
+
+
 LOOSER = {"start_method", "transport", "mode", "timeout", "paradigm", "interval", "queues"}
-LOOSER |= {"staleness", "split", "gather", "milestones", "outer_optimizer"}
+LOOSER |= {"apply", "staleness", "split", "gather", "milestones", "outer_optimizer"}
 """What OmegaConf cannot say as the constructors do (a Literal, say), or is an object of its own."""
 
 
@@ -116,6 +124,8 @@ def test_the_types_of_the_schemas_are_those_of_the_constructors(name: str) -> No
     compare(schema, StaleStrategy.__init__, getattr(lightning_stale, target.rpartition(".")[2]).__init__)
     if name in PARADIGMS:
         compare(typing.get_type_hints(schema)["paradigm"], PARADIGMS[name].__init__)
+        for rule in set(RULES) - {"plain"}:
+            compare(schemas()[f"apply_{rule.replace('-', '_')}"], RULES[rule].__init__)
 
 
 # --- in any app -------------------------------------------------------------------------------------------------------
@@ -162,6 +172,11 @@ def test_values_reach_the_constructors(tmp_path: Path) -> None:
         (["+trainer/strategy=asp", "+adaptation=dssp"], "adaptation_dssp.*AdaptedSSP is not a subclass of ASP"),
         (["+trainer/strategy=dssp", "+adaptation=dssp"], "adaptation_dssp.*AdaptedSSP is not a subclass of DSSP"),
         (["+trainer/strategy=hpsgd", "+adaptation=dssp"], "adaptation_dssp.*Key 'paradigm' not in 'HPSGDStrategy'"),
+        (["+trainer/strategy=asp", "+apply=ringmaster", "trainer.strategy.apply.r=8"], "Key 'r' not in 'Ringmaster'"),
+        (["+trainer/strategy=asp", "+apply=ringmaster", "trainer.strategy.apply.R=2.5"], "not be converted to Integer"),
+        (["+trainer/strategy=asp", "+apply=dana", "trainer.strategy.apply.momentum=much"], "'much' of type 'str'"),
+        (["+trainer/strategy=asp", "+apply=dna"], "Could not find 'apply/dna'"),
+        (["+trainer/strategy=hpsgd", "+apply=dana"], "apply_dana.*Key 'apply' not in 'HPSGDStrategy'"),
         (["+trainer/strategy=ssp", "+adaptation=schedule", "callbacks.threshold_schedule.patience=x"], "'x' of type"),
     ],
 )
@@ -202,6 +217,46 @@ def test_adaptations(tmp_path: Path) -> None:
         app("+trainer/strategy=ssp", "+adaptation=schedule", *overrides).callbacks.threshold_schedule
     )
     assert (by_metric.monitor, by_epoch.milestones) == ("val_loss", {5: {"threshold": 8}})
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_apply_rules(tmp_path: Path, name: str) -> None:
+    app = an_app(tmp_path)
+    cfg = app("+trainer/strategy=asp", f"+apply={name}")
+    by_name = instantiate(app("+trainer/strategy=asp", f"trainer.strategy.apply={name}").trainer.strategy)
+    assert repr(instantiate(cfg.trainer.strategy)) == repr(by_name)
+    assert type(by_name.apply) is RULES[name]
+    recipe = train_config("trainer/strategy=ssp", "adaptation=dssp", f"apply={name}")
+    assert repr(instantiate(recipe.trainer.strategy).apply) == repr(RULES[name]())
+    if name != "plain":
+        with pytest.raises(InstantiationException, match="is a rule for stale gradients"):
+            instantiate(app("+trainer/strategy=bsp", f"+apply={name}").trainer.strategy)
+        with pytest.raises(ConfigCompositionException, match="Key 'apply' not in 'DDPStrategy'"):
+            train_config("trainer/strategy=ddp", f"apply={name}")
+
+
+def test_values_of_apply_rules(tmp_path: Path) -> None:
+    app = an_app(tmp_path)
+    asp = ["+trainer/strategy=asp"]
+    rules = [
+        app(*asp, "+apply=ringmaster", "trainer.strategy.apply.R=8"),
+        app(
+            *asp,
+            "+apply=delay-compensated",
+            "trainer.strategy.apply.lambda_=3",
+            "trainer.strategy.apply.adaptive=false",
+        ),
+        app(*asp, "+apply=dana", "trainer.strategy.apply.momentum=0.5"),
+        app(*asp, "trainer.strategy.apply={_target_: lightning_stale.Ringmaster, R: 3}"),
+    ]
+    assert [repr(instantiate(cfg.trainer.strategy).apply) for cfg in rules] == [
+        "Ringmaster(R=8)",
+        "DelayCompensated(lambda_=3.0, adaptive=False)",
+        "Dana(momentum=0.5)",
+        "Ringmaster(R=3)",
+    ]
+    with pytest.raises(InstantiationException, match=r"Ringmaster\(R=0\): R counts updates.*\n.*apply"):
+        instantiate(app(*asp, "+apply=ringmaster", "trainer.strategy.apply.R=0").trainer.strategy)
 
 
 def test_dssp_needs_a_threshold_to_adapt(tmp_path: Path) -> None:

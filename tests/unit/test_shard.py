@@ -25,6 +25,7 @@ from lightning_stale.coordinator.service import Service
 from lightning_stale.events import Recorder
 from lightning_stale.events.stale_sync import StaleSyncCounts
 from lightning_stale.paradigms import ASP, BSP, DSSP, SSP, Paradigm
+from lightning_stale.parameter_server.apply import ApplyRule
 from lightning_stale.parameter_server.options import read_options
 from lightning_stale.parameter_server.shard import Shard
 from lightning_stale.parameter_server.store import ParameterStore
@@ -106,10 +107,15 @@ class Harness:
         world_size: int = 2,
         folder: str = "",
         make: Callable[[list[Tensor]], list[Optimizer]] = lambda p: [torch.optim.SGD(p, lr=LR)],
+        rule: ApplyRule | None = None,
+        values: list[Tensor] | None = None,
     ) -> None:
-        self.layout = Layout.of([torch.zeros(shape) for shape in SHAPES])
-        self.store = ParameterStore(torch.zeros(self.layout.nbytes, dtype=torch.uint8), self.layout)
+        values = values or [torch.zeros(shape) for shape in SHAPES]
+        self.layout = Layout.of(values)
+        self.store = ParameterStore(torch.zeros(self.layout.nbytes, dtype=torch.uint8), self.layout, rule)
+        self.store.set_weights(range(len(values)), values)
         self.store.set_optimizers(make(list(self.store.parameters)))
+        self.store.rule.begin(world_size, len(self.store.optimizers))
         self.socket = FakeSocket()
         self.time = 0.0
         self.paradigm = paradigm
@@ -148,8 +154,8 @@ class Harness:
     ) -> None:
         self.send(rank, "sync", place=place, detail=detail, pull=pull, **{"wait_s": 0.0, "compute_s": 0.0, **times})
 
-    def push(self, rank: int, value: float = 1.0, **fields: Any) -> None:
-        """Push gradients that are ``value`` everywhere."""
+    def push(self, rank: int, value: float | list[Tensor] = 1.0, **fields: Any) -> None:
+        """Push gradients that are ``value`` everywhere, or one for each parameter."""
         optimizer = fields.get("optimizer", 0)
         places = self.store.places(optimizer)
         message = {
@@ -163,19 +169,24 @@ class Harness:
             **fields,
         }
         if rank in self.segments:
-            for view in self.layout.views(self.segments[rank][: self.layout.nbytes]):
-                view.fill_(value)
+            self._write(self.segments[rank][: self.layout.nbytes], value)
             self.send(rank, "push", nbytes=0, **message)
             return
         data = torch.zeros(self.layout.nbytes, dtype=torch.uint8)
-        for view in self.layout.views(data):
-            view.fill_(value)
-        ranges = self.layout.ranges(places)
+        self._write(data, value)
+        ranges = self.layout.ranges([place for place, used in zip(places, message["used"], strict=True) if used])
         self.send(rank, "push", nbytes=sum(end - start for start, end in ranges), **message)
         for start, end in ranges:
             middle = (start + end) // 2  # in two chunks
             for first, last in ((start, middle), (middle, end)):
                 self.send(rank, "chunk", offset=first, payload=data[first:last].numpy().tobytes())
+
+    def _write(self, buffer: Tensor, value: float | list[Tensor]) -> None:
+        for place, view in enumerate(self.layout.views(buffer)):
+            if isinstance(value, list):
+                view.copy_(value[place])
+            else:
+                view.fill_(value)
 
     def start(self, shared: bool = False) -> None:
         """Have all workers connected, met, and their first messages taken."""
@@ -669,12 +680,14 @@ def test_summary_counts() -> None:
     harness.sync(0, wait_s=0.25, compute_s=1.0)
     assert harness.ask(1, "summary") == {
         "paradigm": "SSP(threshold=2)",
+        "apply": "Plain()",
         "updates": 3,
         "phases": [{"thresholds": {"threshold": 2}, "since": 0, "max_lead": 2}],
         "workers": [
             {
                 "rank": 0,
                 "pushes": 2,
+                "refused": 0,
                 "max_lead": 2,
                 "mean_lead": 1.5,
                 "max_staleness": 0,
@@ -685,6 +698,7 @@ def test_summary_counts() -> None:
             {
                 "rank": 1,
                 "pushes": 1,
+                "refused": 0,
                 "max_lead": 0,
                 "mean_lead": 0.0,
                 "max_staleness": 2,
@@ -970,6 +984,8 @@ PUSH = {
     **{"nbytes": 28, "wait_s": 0.0, "compute_s": 0.0},
 }
 
+RELEASED = {"version": 0, "clock": 0, "lead": 0, "staleness": 0, "applied": True, "nbytes": 0}
+
 
 @pytest.mark.parametrize(
     ("frames", "text"),
@@ -977,7 +993,7 @@ PUSH = {
         ([b"\xc1"], "not msgpack"),
         ([], "not msgpack"),
         ([wire.encode_message("hello", rank=0, pid=1, shared=False)], "unexpected 'hello'"),
-        ([wire.encode_message("released", version=0, clock=0, lead=0, staleness=0, nbytes=0)], "unexpected 'released'"),
+        ([wire.encode_message("released", **RELEASED)], "unexpected 'released'"),
         ([wire.encode_message("push", **{**PUSH, "optimizer": 1})], "a push for optimizer 1"),
         ([wire.encode_message("push", **{**PUSH, "optimizer": -1})], "a push for optimizer -1"),
         ([wire.encode_message("push", **{**PUSH, "used": [True]})], "a push for 1 parameters"),

@@ -10,6 +10,7 @@ def test_nothing_yet() -> None:
     assert WorkerCounts(3).summary() == {
         "rank": 3,
         "pushes": 0,
+        "refused": 0,
         "max_lead": 0,
         "mean_lead": 0.0,
         "max_staleness": 0,

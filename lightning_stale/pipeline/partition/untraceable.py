@@ -29,7 +29,7 @@ def explain(error: BaseException, body: nn.Module) -> tuple[str, str]:
     if of_library == "transformers":
         return (
             f"its forward makes arguments and masks as torch.fx cannot follow it ({_brief(error)}){where}",
-            "define configure_stages() in the LightningModule, which returns the blocks: the README has it for GPT-2",
+            "define configure_stages() in the LightningModule, which returns the blocks: docs/dsp.md has it for GPT-2",
         )
     if of_library == "torch":
         cure = "call its layers one after the other in a module of your own"

@@ -28,7 +28,17 @@ PARADIGMS = [
     st.builds(SSP, st.integers(0, 3)),
     st.builds(DSSP, lower=st.integers(0, 2), upper=st.integers(2, 5)),
 ]
-ACTIONS = [*["ask", "push"] * 4, "join", "arrive", "set_thresholds", "finish", "lose", "abort", "speak_for_the_dead"]
+ACTIONS = [
+    *["ask", "push"] * 4,
+    "join",
+    "arrive",
+    "set_thresholds",
+    "finish",
+    "lose",
+    "abort",
+    "speak_for_the_dead",
+    "push_what_it_does_not_hold",
+]
 Choose = Callable[[Any], Any]
 events = Counter[str]()
 """How many messages of each kind the coordinator has been told, over all runs of this process."""
@@ -100,7 +110,7 @@ class Machine(RuleBasedStateMachine):
             assert self.failure in (None, (reply.kind, reply.text)), "there is one first failure"
             self.failure = (reply.kind, reply.text)
             return
-        if isinstance(reply, m.Aborted | m.ThresholdsSet):
+        if isinstance(reply, m.Aborted | m.ThresholdsSet | m.Refused):
             return
         assert self.failure is None, f"{reply} after the run has failed"
         if isinstance(reply, m.Released):
@@ -157,6 +167,16 @@ class Machine(RuleBasedStateMachine):
         if self.failure is None:
             assert clock is not None
             assert self.paradigm.clocks[worker.rank] == clock + 1
+
+    def push_what_it_does_not_hold(self, choose: Choose) -> None:
+        worker = self.some(choose, "holding", "ready")
+        if worker is None or self.failure is not None:
+            return
+        lease = choose([-1, *self.leases.held, 10**6])
+        if worker.lease is None or lease != worker.lease[0]:
+            before, recorded = self.fingerprint(), self.recorded
+            assert self.tell(m.Push(*worker.who, (lease,))) == [m.Refused(worker.rank, lease)]
+            assert (self.fingerprint(), self.recorded) == (before, recorded), "a refused push has changed something"
 
     def arrive(self, choose: Choose) -> None:
         worker = self.some(choose, "ready", "new")
