@@ -101,7 +101,8 @@ class Peaks(Callback):
 def run(ranks: int, width: int, layers: int, folder: str) -> dict[str, float]:
     """Train, save and resume; return the peak of each phase in MB."""
     quiet()
-    data = DataLoader(TensorDataset(torch.randn(BATCHES * 4, width)), batch_size=4)
+    same = torch.Generator().manual_seed(0)  # on all ranks
+    data = DataLoader(TensorDataset(torch.randn(BATCHES * 4, width, generator=same)), batch_size=4)
     path = str(Path(folder) / "model.ckpt")
     peaks = Peaks(path)
     options: dict[str, Any] = {

@@ -81,7 +81,8 @@ class Model(L.LightningModule):
 
 def dsp(batches: int, probability: float, **options: Any) -> float:
     """Return batches per second through the Trainer, between the warm-up and the last."""
-    data = TensorDataset(*torch.randn(2, BATCH * (batches + WARM_UP), WIDTH))
+    same = torch.Generator().manual_seed(0)  # on all ranks
+    data = TensorDataset(*torch.randn(2, BATCH * (batches + WARM_UP), WIDTH, generator=same))
     strategy = DSPStrategy(process_group_backend="gloo", **options)
     return batches_per_second(Model(probability), DataLoader(data, batch_size=BATCH), STAGES, strategy, WARM_UP)
 

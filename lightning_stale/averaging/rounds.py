@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_stale import events
 from lightning_stale.averaging.merge import Merge, hpsgd
 from lightning_stale.averaging.round_tensors import by_type
 
@@ -34,16 +34,6 @@ class Reducer(ABC):
         """Wait until they are."""
 
 
-@dataclass
-class RoundStatistics:
-    """What is counted on one rank; times in seconds."""
-
-    rounds: int = 0
-    steps: int = 0
-    exchange_s: float = 0.0
-    wait_s: float = 0.0
-
-
 class Rounds:
     """The rounds of one rank.
 
@@ -60,6 +50,7 @@ class Rounds:
         interval: ``"auto"`` or steps per round.
         merge: what the replica becomes.
         outer: makes the optimizer of the global weights from their list; ``None``: plain subtraction.
+        record: is told what happens.
     """
 
     def __init__(
@@ -70,6 +61,7 @@ class Rounds:
         interval: Interval,
         merge: Merge,
         outer: Callable[[list[torch.nn.Parameter]], Optimizer] | None = None,
+        record: Callable[[events.Event], None] = lambda event: None,
     ) -> None:
         self._tensors = by_type(parameters)
         self._reducer = reducer
@@ -80,7 +72,7 @@ class Rounds:
         self._in_flight = False
         self._launched_at = 0.0
         self._steps = 0  # of this round
-        self.statistics = RoundStatistics()
+        self._record = record
         self.outer: Optimizer | None = None
         if outer is not None:
             self._global = [[torch.nn.Parameter(part) for part in tensors.weights.parts] for tensors in self._tensors]
@@ -96,7 +88,7 @@ class Rounds:
     def after_step(self) -> None:
         """Call after every step of the inner optimizer."""
         self._steps += 1
-        self.statistics.steps += 1
+        self._record(events.Stepped(time.perf_counter()))
         if not self._in_flight:  # round 0
             if self._interval == "auto" or self._steps >= self._interval:
                 self._take_changes()
@@ -152,13 +144,12 @@ class Rounds:
         started = time.perf_counter()
         self._reducer.wait()
         now = time.perf_counter()
-        self.statistics.wait_s += now - started
-        self.statistics.exchange_s += now - self._launched_at
+        self._record(events.Exchanged(now, exchange_s=now - self._launched_at, wait_s=now - started))
         self._in_flight = False
 
     def _apply(self) -> None:
         """Take the mean of the changes that have arrived into the global weights."""
-        self.statistics.rounds += 1
+        self._record(events.RoundEnded(time.perf_counter()))
         if self.outer is None:
             for tensors in self._tensors:
                 tensors.weights.flat.sub_(tensors.change.flat, alpha=1 / self._world_size)

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_stale.events import Recorder
 from lightning_stale.launchers import ScriptLauncher, SummaryLauncher
 from lightning_stale.launchers.hydra.job import current_job, destroy_process_group
 from lightning_stale.private import of_lightning
@@ -102,6 +103,7 @@ class StaleStrategy(DDPStrategy):
         self._collectives = Collectives(self._others, self._may_meet, self._undisturbed)
         self._undo_setup: list[Callable[[], object]] = []
         self._untrained: UntrainedState | None = None
+        self._recorder = Recorder()  # of what happens on this rank
 
     @abstractmethod
     def summary(self) -> dict[str, Any]:
@@ -150,7 +152,8 @@ class StaleStrategy(DDPStrategy):
         to begins to import what it needs meanwhile.
         """
         if self._connects(self._require_trainer()):
-            secret.check(self.num_nodes)
+            if self._host.needs_secret:
+                secret.check(self.num_nodes)
             if self.node_rank == 0 and self.local_rank == 0:
                 self._host.prepare()
         super().setup_environment()
@@ -218,6 +221,7 @@ class StaleStrategy(DDPStrategy):
                 main_address=self.cluster_environment.main_address,
                 timeout=self.timeout,
                 check_signals=self._check_signals,
+                record=self._recorder.record,
             )
         )
 

@@ -16,6 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from lightning_stale.events import Recorder
+from lightning_stale.events.pipeline import StageCounts
 from lightning_stale.pipeline.channels.links import Links, stage_mesh
 from lightning_stale.pipeline.clipping import clip_per_block
 from lightning_stale.pipeline.divided.tensors import without_meta
@@ -98,6 +100,7 @@ class DSPStrategy(StaleStrategy):
         self.stages, self.staleness, self.queues, self.recompute = stages, staleness, queues, recompute
         self.module, self.split = module, split
         self.gather = gather
+        self._counts = StageCounts()
         self._summary: dict[str, Any] = {"staleness": (), "stages": []}
         self._same: SameBatches | None = None
         self._divided: DividedModel | None = None
@@ -182,7 +185,11 @@ class DSPStrategy(StaleStrategy):
         stages = assembly.make_stages(staleness, self.recompute, self.precision_plugin.forward_context)
         same.begin(fitting, stale=any(staleness.m))
         connection = self._connect(staleness) if self.world_size > 1 else None
-        self._running = RunningPipeline(trainer, assembly, stages, same, self._step_with_gradients, connection)
+        self._counts = StageCounts()
+        self._recorder = Recorder(self._counts)
+        self._running = RunningPipeline(
+            trainer, assembly, stages, same, self._step_with_gradients, connection, self._recorder.record
+        )
         self._summary = {"staleness": staleness.m, "stages": assembly.rows()}
         self._undo_setup.append(self._running.replace_forward(module, owner))
         if self.world_size > 1:
@@ -354,14 +361,12 @@ class DSPStrategy(StaleStrategy):
         return self._summary
 
     def _note_summary(self) -> None:
-        assert self._running is not None
-        seconds = self._running.pipeline.busy_s
-        busy = [seconds]
+        busy_s = dict(self._counts.busy_s)
         if self.world_size > 1:
-            busy = self._collectives.run("gather", lambda: gather_everywhere(seconds))[::-1]
-        per_rank = len(self._summary["stages"]) // len(busy)
+            ranks: list[dict[int, float]] = self._collectives.run("gather", lambda: gather_everywhere(busy_s))
+            busy_s = {stage: seconds for rank in ranks for stage, seconds in rank.items()}
         for row in self._summary["stages"]:
-            row["busy_s"] = busy[row["stage"] // per_rank] / per_rank
+            row["busy_s"] = busy_s.get(row["stage"], 0.0)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(stages={self.stages}, staleness={self.staleness!r}, split={self.split!r})"

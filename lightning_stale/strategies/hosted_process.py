@@ -7,6 +7,7 @@ from typing import Generic, TypeVar
 
 from lightning_stale.coordinator.process import ChildProcess, CoordinatorProcess
 from lightning_stale.private import of_torch
+from lightning_stale.topology import Topology
 from lightning_stale.transport import address, memory
 from lightning_stale.transport.credentials import Credentials
 from lightning_stale.transport.endpoint import Endpoint
@@ -20,10 +21,13 @@ class HostedProcess(Generic[ProcessT]):
 
     Args:
         start: starts the process, which imports what it needs before it is told what to serve.
+        name: of it, in errors.
+        needs_secret: whether the ranks of several hosts need one to reach it, or, as torch's store, who can may.
     """
 
-    def __init__(self, start: Callable[[], ProcessT]) -> None:
-        self._start = start
+    def __init__(self, start: Callable[[], ProcessT], name: str, needs_secret: bool) -> None:
+        self.needs_secret = needs_secret
+        self._start, self._name = start, name
         self._process: ProcessT | None = None
         self._introduction: Introduction | None = None  # while the ranks connect
 
@@ -36,7 +40,7 @@ class HostedProcess(Generic[ProcessT]):
         self,
         run: str,
         rank: int,
-        world_size: int,
+        topology: Topology,
         serve: Callable[[ProcessT, Credentials], Endpoint],
         check: Callable[[], None],
     ) -> tuple[Endpoint, Credentials]:
@@ -45,11 +49,19 @@ class HostedProcess(Generic[ProcessT]):
         Args:
             run: a name that no other run has, the same on all ranks.
             rank: this one.
-            world_size: the number of ranks.
+            topology: of the run.
             serve: tells the process, and returns where it is.
             check: called while waiting; raises to break off.
         """
-        self._introduction = Introduction(of_torch.rendezvous_store(), run, rank, others=world_size - 1)
+        self._introduction = Introduction(
+            of_torch.rendezvous_store(),
+            run,
+            rank,
+            others=topology.world_size - 1,
+            name=self._name,
+            nodes=topology.nodes,
+            open_to_all=not self.needs_secret,
+        )
         if rank > 0:
             return self._introduction.accept(check)
 

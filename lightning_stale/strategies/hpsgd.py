@@ -8,6 +8,8 @@ import torch.distributed as dist
 
 from lightning_stale.averaging.merge import MERGES
 from lightning_stale.averaging.rounds import Interval
+from lightning_stale.events import Recorder
+from lightning_stale.events.averaging import AveragingCounts
 from lightning_stale.strategies.base import StaleStrategy
 from lightning_stale.strategies.updates.averaging import AveragingUpdate, OuterOptimizer
 
@@ -65,6 +67,7 @@ class HPSGDStrategy(StaleStrategy):
         self._update: AveragingUpdate
         super().__init__(update=AveragingUpdate(interval, MERGES[merge], outer_optimizer), **kwargs)
         self.interval, self.merge, self.outer_optimizer = interval, merge, outer_optimizer
+        self._counts = AveragingCounts()
         self._summary: dict[str, Any] = {"paradigm": repr(self), "updates": 0, "workers": []}
 
     def summary(self) -> dict[str, Any]:
@@ -81,6 +84,8 @@ class HPSGDStrategy(StaleStrategy):
 
     def _begin(self, run: str) -> None:
         self._join_others(run)
+        self._counts = AveragingCounts()
+        self._recorder = Recorder(self._counts)
         super()._begin(run)
 
     def meet(self, place: str) -> None:
@@ -90,19 +95,9 @@ class HPSGDStrategy(StaleStrategy):
             self._others.guard(self._note_summary)
 
     def _note_summary(self) -> None:
-        counted = self._update.statistics
-        row = {
-            "rank": self.global_rank,
-            "steps": counted.steps,
-            "rounds": counted.rounds,
-            "steps_per_round": counted.steps / max(1, counted.rounds),
-            "hidden": 1 - counted.wait_s / max(counted.exchange_s, 1e-9),
-            "wait_s": counted.wait_s,
-            "compute_s": self._update.compute_s,
-        }
         rows: list[dict[str, Any]] = [{}] * self.world_size
-        dist.all_gather_object(rows, row)
-        self._summary = {"paradigm": repr(self), "updates": counted.rounds, "workers": rows}
+        dist.all_gather_object(rows, self._counts.summary(self.global_rank))
+        self._summary = {"paradigm": repr(self), "updates": self._counts.rounds, "workers": rows}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(interval={self.interval!r}, merge={self.merge!r})"

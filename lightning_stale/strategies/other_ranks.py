@@ -64,7 +64,7 @@ class OtherRanks:
     def __init__(self, trainer: Callable[[], Trainer]) -> None:
         self._trainer = trainer
         self._control: Control | None = None
-        self.host = HostedProcess(CoordinatorProcess)
+        self.host = HostedProcess(CoordinatorProcess, "coordinator", needs_secret=False)
         """That of the coordinator through which they meet, unless they do otherwise."""
         self._reported: BaseException | None = None
 
@@ -103,7 +103,7 @@ class OtherRanks:
         serve = partial(
             serve_coordinator, world_size=topology.world_size, main_address=main_address, nodes=topology.nodes
         )
-        endpoint, credentials = self.host.introduce(run, rank, topology.world_size, serve, check)
+        endpoint, credentials = self.host.introduce(run, rank, topology, serve, check)
         self._control = coordinator.Control(endpoint, credentials, rank, check)
         self.guard(barrier)  # until all have connected
         self.host.end_introduction()

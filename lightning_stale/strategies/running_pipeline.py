@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
+from lightning_stale.events import Event
 from lightning_stale.pipeline.channels.links import Links, destroy_mesh
 from lightning_stale.pipeline.pipeline import Pipeline
 from lightning_stale.pipeline.replaced_forward import ReplacedForward, positional
@@ -34,6 +35,7 @@ class RunningPipeline:
         same: what the ranks have in common.
         step: lets the optimizer take a step with the gradients that are there, as training does.
         connection: the channels to other ranks, and the mesh that they were made over; none on one rank.
+        record: is told what happens.
     """
 
     def __init__(
@@ -44,9 +46,10 @@ class RunningPipeline:
         same: SameBatches,
         step: Callable[[], object],
         connection: tuple[Links, DeviceMesh] | None,
+        record: Callable[[Event], None],
     ) -> None:
         channels = {} if connection is None else connection[0].channels
-        self.pipeline = Pipeline(stages, **channels, first=assembly.mine.start, streams=same.streams)
+        self.pipeline = Pipeline(stages, **channels, first=assembly.mine.start, streams=same.streams, record=record)
         self.calls = BodyCalls(trainer, self.pipeline, same, assembly.owner(), trainer.global_rank)
         self.draining = Draining(self.pipeline, step)
         self._streams = same.streams

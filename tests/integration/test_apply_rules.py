@@ -100,7 +100,6 @@ def every_other() -> reference.Master:
 RUNS = {
     "ringmaster": ("tcp", lambda: Ringmaster(R=4), lambda: reference.ringmaster(4)),
     "delay-compensated": ("tcp", lambda: DelayCompensated(), lambda: reference.delay_compensated_adaptive(2.0)),
-    "delay-compensated, shm": ("shm", lambda: DelayCompensated(), lambda: reference.delay_compensated_adaptive(2.0)),
     "dana": ("shm", lambda: Dana(momentum=0.6), lambda: reference.dana(0.6)),
     "scaled": ("tcp", lambda: Scaled(), lambda: reference.scaled()),
     "a user's": ("shm", a_users_rule, every_other),

@@ -33,6 +33,9 @@ class Control:
         self.told.append((kind, text))
         return self.failure
 
+    def meet(self, place: str, detail: str = "") -> None:
+        """All had come to it."""
+
     def close(self, finished: bool) -> None:
         self.closed = finished
 

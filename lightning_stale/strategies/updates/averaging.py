@@ -13,9 +13,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
+from lightning_stale import events
 from lightning_stale.averaging.merge import Merge
 from lightning_stale.averaging.reducer import ProcessGroupReducer
-from lightning_stale.averaging.rounds import Interval, Rounds, RoundStatistics
+from lightning_stale.averaging.rounds import Interval, Rounds
 from lightning_stale.strategies.checkpoint_entries import AveragingEntry
 from lightning_stale.strategies.updates.update import Training, Update, unique_parameters
 from lightning_stale.transport.groups import FOREVER, break_off, destroy, new_group
@@ -41,20 +42,9 @@ class AveragingUpdate(Update):
         self._resumed: Mapping[str, Any] | None = None
         self._ended: AveragingEntry | None = None  # when training had ended, or failed
         self._training_since: float | None = None
-        self._compute_s = 0.0  # between meeting points, without waiting for the end of a round
+        self._waited_s = 0.0  # since then, for the end of a round
         self._stepped = False  # in this batch
         self._held = 0  # parameters, when training started
-
-    @property
-    def statistics(self) -> RoundStatistics:
-        """What has been counted in this training."""
-        assert self._rounds is not None
-        return self._rounds.statistics
-
-    @property
-    def compute_s(self) -> float:
-        """Seconds of training up to the last meeting point, without waiting for the end of a round."""
-        return self._compute_s
 
     def start(self, training: Training) -> None:
         """Begin the first round.
@@ -74,7 +64,7 @@ class AveragingUpdate(Update):
         self._group.set_timeout(FOREVER)  # a sum waits for the slowest worker, and whether it lives is known otherwise
         atexit.register(self._break_off)
         reducer = ProcessGroupReducer(self._group, training.device, training.others.check)
-        self._rounds = Rounds(parameters, reducer, len(ranks), self._interval, self._merge, self._outer)
+        self._rounds = Rounds(parameters, reducer, len(ranks), self._interval, self._merge, self._outer, self._record)
         if self._resumed is not None:
             _resume(self._rounds.outer, self._resumed["outer"])
         self._resumed = None
@@ -95,9 +85,7 @@ class AveragingUpdate(Update):
         if self._training is None:
             return
         if self._rounds is not None and self._stepped:
-            waited_s = self._rounds.statistics.wait_s
             self._training.others.guard(self._rounds.after_step)
-            self._compute_s -= self._rounds.statistics.wait_s - waited_s
         self._stepped = False
         self._training.others.check()
 
@@ -106,8 +94,10 @@ class AveragingUpdate(Update):
         if self._training is None or self._rounds is None:
             return
         if self._training_since is not None:
-            self._compute_s += time.monotonic() - self._training_since
-            self._training_since = None
+            now = time.monotonic()
+            computed_s = now - self._training_since - self._waited_s
+            self._training_since, self._waited_s = None, 0.0
+            self._record(events.Spent(now, self._training.rank, wait_s=0.0, compute_s=computed_s))
         optimizers, others = self._training.optimizers, self._training.others
         held = len(unique_parameters(optimizers))
         if held != self._held:
@@ -119,6 +109,12 @@ class AveragingUpdate(Update):
         others.come_to(place)  # before the flush, which waits for the others without knowing where they are
         others.guard(self._rounds.flush)
         others.wait()
+
+    def _record(self, event: events.Event) -> None:
+        if isinstance(event, events.Exchanged) and self._training_since is not None:
+            self._waited_s += event.wait_s
+        assert self._training is not None
+        self._training.record(event)
 
     def state_dict(self) -> AveragingEntry | None:
         return self._ended if self._rounds is None else _entry(self._rounds)

@@ -39,7 +39,7 @@ class ServerUpdate(Update):
     def __init__(self, paradigm: Paradigm, transport: Transport, apply: ApplyRule) -> None:
         self.paradigm = paradigm
         """With the thresholds of now; they follow rank 0's at the meeting points."""
-        self.host = HostedProcess(ServerProcess)
+        self.host = HostedProcess(ServerProcess, "parameter server", needs_secret=True)
         self._transport, self._apply = transport, apply
         self._training: Training | None = None
         self._client: ParameterClient | None = None
@@ -57,7 +57,7 @@ class ServerUpdate(Update):
         endpoint, credentials = self.host.introduce(
             training.run,
             training.rank,
-            training.topology.world_size,
+            training.topology,
             partial(
                 serve_weights,
                 training=training,

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_stale.events import Event
 from lightning_stale.strategies.other_ranks import OtherRanks
 from lightning_stale.topology import Topology
 
@@ -37,6 +38,8 @@ class Training:
     """For ranks to find each other."""
     check_signals: Callable[[], None]
     """Raises if this rank is to end; called while it waits."""
+    record: Callable[[Event], None]
+    """Is told what happens on this rank."""
 
 
 class Update(ABC):
