@@ -32,10 +32,8 @@ if "lightning_stale_server" not in sys._xoptions:  # the server process needs to
         Step,
     )
     from lightning_stale.strategies import DSPStrategy, HPSGDStrategy, StaleSyncStrategy, register_strategies
-    from lightning_stale.strategies.twin import refuse_twin
 
     register_strategies()
-    refuse_twin()
 else:
 
     def __getattr__(name: str) -> Any:

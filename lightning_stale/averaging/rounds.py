@@ -5,15 +5,15 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_stale import events
 from lightning_stale.averaging.merge import Merge, hpsgd
-from lightning_stale.averaging.replica import by_type
+from lightning_stale.averaging.round_tensors import by_type
 
 Interval = int | Literal["auto"]
 
@@ -34,16 +34,6 @@ class Reducer(ABC):
         """Wait until they are."""
 
 
-@dataclass
-class RoundStatistics:
-    """What is counted on one rank; times in seconds."""
-
-    rounds: int = 0
-    steps: int = 0
-    exchange_s: float = 0.0
-    wait_s: float = 0.0
-
-
 class Rounds:
     """The rounds of one rank.
 
@@ -60,6 +50,7 @@ class Rounds:
         interval: ``"auto"`` or steps per round.
         merge: what the replica becomes.
         outer: makes the optimizer of the global weights from their list; ``None``: plain subtraction.
+        record: is told what happens.
     """
 
     def __init__(
@@ -70,8 +61,9 @@ class Rounds:
         interval: Interval,
         merge: Merge,
         outer: Callable[[list[torch.nn.Parameter]], Optimizer] | None = None,
+        record: Callable[[events.Event], None] = lambda event: None,
     ) -> None:
-        self._replicas = by_type(parameters)
+        self._tensors = by_type(parameters)
         self._reducer = reducer
         self._world_size = world_size
         self._interval = interval
@@ -80,13 +72,13 @@ class Rounds:
         self._in_flight = False
         self._launched_at = 0.0
         self._steps = 0  # of this round
-        self.statistics = RoundStatistics()
+        self._record = record
         self.outer: Optimizer | None = None
         if outer is not None:
-            self._global = [[torch.nn.Parameter(part) for part in replica.weights.parts] for replica in self._replicas]
+            self._global = [[torch.nn.Parameter(part) for part in tensors.weights.parts] for tensors in self._tensors]
             of_type = {
-                replica.weights.flat.dtype: iter(made)
-                for replica, made in zip(self._replicas, self._global, strict=True)
+                tensors.weights.flat.dtype: iter(made)
+                for tensors, made in zip(self._tensors, self._global, strict=True)
             }
             self.outer = outer([next(of_type[parameter.dtype]) for parameter in parameters])
             if not isinstance(self.outer, Optimizer):
@@ -96,7 +88,7 @@ class Rounds:
     def after_step(self) -> None:
         """Call after every step of the inner optimizer."""
         self._steps += 1
-        self.statistics.steps += 1
+        self._record(events.Stepped(time.perf_counter()))
         if not self._in_flight:  # round 0
             if self._interval == "auto" or self._steps >= self._interval:
                 self._take_changes()
@@ -129,22 +121,22 @@ class Rounds:
                 self._apply()
             if flushing == self._world_size:
                 break
-            for replica in self._replicas:
-                replica.change.flat.zero_()
+            for tensors in self._tensors:
+                tensors.change.flat.zero_()
         self._go_on(hpsgd)
 
     def _take_changes(self) -> None:
-        for replica in self._replicas:
-            replica.take_change()
+        for tensors in self._tensors:
+            tensors.take_change()
 
     def _go_on(self, merge: Merge | None) -> None:
-        for replica in self._replicas:
-            replica.go_on(merge)
+        for tensors in self._tensors:
+            tensors.go_on(merge)
 
     def _launch(self, flushing: bool = False) -> None:
         self._counts.copy_(torch.tensor([int(flushing), self._steps]))
         self._steps = 0
-        self._reducer.launch([*(replica.change.flat for replica in self._replicas), self._counts])
+        self._reducer.launch([*(tensors.change.flat for tensors in self._tensors), self._counts])
         self._launched_at = time.perf_counter()
         self._in_flight = True
 
@@ -152,19 +144,18 @@ class Rounds:
         started = time.perf_counter()
         self._reducer.wait()
         now = time.perf_counter()
-        self.statistics.wait_s += now - started
-        self.statistics.exchange_s += now - self._launched_at
+        self._record(events.Exchanged(now, exchange_s=now - self._launched_at, wait_s=now - started))
         self._in_flight = False
 
     def _apply(self) -> None:
         """Take the mean of the changes that have arrived into the global weights."""
-        self.statistics.rounds += 1
+        self._record(events.RoundEnded(time.perf_counter()))
         if self.outer is None:
-            for replica in self._replicas:
-                replica.weights.flat.sub_(replica.change.flat, alpha=1 / self._world_size)
+            for tensors in self._tensors:
+                tensors.weights.flat.sub_(tensors.change.flat, alpha=1 / self._world_size)
             return
-        for replica, made in zip(self._replicas, self._global, strict=True):
-            replica.change.flat.div_(self._world_size)
-            for parameter, gradient in zip(made, replica.change.parts, strict=True):
+        for tensors, made in zip(self._tensors, self._global, strict=True):
+            tensors.change.flat.div_(self._world_size)
+            for parameter, gradient in zip(made, tensors.change.parts, strict=True):
                 parameter.grad = gradient
         self.outer.step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning_stale.events.kinds import (
     Event,
+    Exchanged,
     Failed,
     Joined,
     Left,
@@ -22,6 +23,7 @@ from lightning_stale.events.recorder import Reader, Recorder
 
 __all__ = [
     "Event",
+    "Exchanged",
     "Failed",
     "Joined",
     "Left",

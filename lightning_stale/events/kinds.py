@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from lightning_stale.failures import FailureKind
 
@@ -105,11 +106,16 @@ class Stepped(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class RoundEnded(Event):
-    """The sum of a round has been here after ``exchange_s`` seconds, of which this rank waited ``wait_s``."""
+class Exchanged(Event):
+    """A sum over the ranks was here ``exchange_s`` seconds after its launch; this rank has waited ``wait_s`` for it."""
 
     exchange_s: float
     wait_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RoundEnded(Event):
+    """The mean change of a round is in the global weights."""
 
 
 # --- pipeline -------------------------------------------------------------------------------------------------------
@@ -117,7 +123,9 @@ class RoundEnded(Event):
 
 @dataclass(frozen=True, slots=True)
 class StageRan(Event):
-    """A stage of this rank has computed for ``busy_s`` seconds."""
+    """A stage has run the forward or the backward of a batch (counted from the last drain) for ``busy_s`` seconds."""
 
     stage: int
+    batch: int
+    work: Literal["forward", "backward"]
     busy_s: float

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Literal
 
+from lightning_stale import events
 from lightning_stale.pipeline.alike.random_streams import Streams
 from lightning_stale.pipeline.block import Features
 from lightning_stale.pipeline.channels.channel import Channel, MemoryChannel
@@ -23,6 +25,7 @@ class Pipeline:
         gradients_out: gradients to the stage before.
         first: the number of the first of them.
         streams: which random numbers are drawn.
+        record: is told what happens.
 
     Example::
 
@@ -50,6 +53,7 @@ class Pipeline:
         *,
         first: int = 0,
         streams: Streams | None = None,
+        record: Callable[[events.Event], None] = lambda event: None,
     ) -> None:
         self.stages = list(stages)
         self._first = first
@@ -65,8 +69,7 @@ class Pipeline:
         self._batch = 0  # n: counted from the last drain
         self._evaluated = 0
         self._widened = False
-        self.busy_s = 0.0
-        """Seconds that the stages of this process have computed."""
+        self._record = record
 
     @property
     def has_last(self) -> bool:
@@ -154,12 +157,12 @@ class Pipeline:
             self._streams.hear(drawn.encode("latin-1"))
             told = said.encode("latin-1")
         self.told = told
-        started = time.perf_counter()
         with self._streams.body():
             for k, stage in enumerate(self.stages, self._first):
                 self._streams.block(k)
+                started = time.perf_counter()
                 features = run(stage, features)
-        self.busy_s += time.perf_counter() - started
+                self._note(k, batch, "forward", started)
         if self._features_out is None:
             return features
         self._features_out.send(batch, (features, self._streams.tell().decode("latin-1"), told.decode("latin-1")))
@@ -175,9 +178,13 @@ class Pipeline:
             incoming = source.receive(batch)
             started = time.perf_counter()
             gradients = stage.backward(batch, incoming)
-            self.busy_s += time.perf_counter() - started
+            self._note(self._first + k, batch, "backward", started)
         target = self._gradients[k]
         if target is not None:
             target.send(batch, gradients)
         elif k > 0 or not stage.first:
             raise AssertionError("a stage without a neighbour that is not the first")
+
+    def _note(self, stage: int, batch: int, work: Literal["forward", "backward"], started: float) -> None:
+        now = time.perf_counter()
+        self._record(events.StageRan(now, stage, batch, work, now - started))

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer, WeightAveraging
 from lightning.pytorch.callbacks.timer import Interval
 from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.connectors import accelerator_connector
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
@@ -31,11 +32,20 @@ def broadcast_module(module: torch.nn.Module) -> None:
     _sync_module_states(module)
 
 
-def skip_broadcast(module: torch.nn.Module) -> Callable[[], None]:
-    """Let DDP's set-up leave the tensors of ``module`` as they are; return what undoes it."""
-    names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
-    module._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]
-    return lambda: delattr(module, "_ddp_params_and_buffers_to_ignore")
+def trainer_of(module: LightningModule) -> Trainer | None:
+    """Return the Trainer that ``module`` is attached to, if any."""
+    return module._trainer
+
+
+def synchronizes_batch_norm(strategy: ParallelStrategy) -> bool:
+    """Whether ``Trainer(sync_batchnorm=True)``."""
+    return strategy._layer_sync is not None
+
+
+def replace(owner: object, name: str, value: Any) -> Callable[[], None]:
+    """Let the attribute ``name`` of this one object be ``value`` until what is returned is called."""
+    setattr(owner, name, value)
+    return lambda: vars(owner).pop(name, None)
 
 
 def note_device(module: LightningModule, device: torch.device) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.distributed_c10d import Store, _abort_process_group, _get_default_store
+from torch.optim import Optimizer
 from torch.utils._pytree import SUPPORTED_NODES
 from torch.utils._pytree import tree_map as tree_map
 
@@ -18,6 +20,51 @@ def set_versions(tensors: Sequence[Tensor], versions: Sequence[int]) -> None:
     """Have autograd take ``tensors`` for what they were when their version counters stood at ``versions``."""
     if tensors:
         torch._C._autograd._unsafe_set_version_counter(tuple(tensors), tuple(versions))
+
+
+def subtract_each(tensors: list[Tensor], others: list[Tensor]) -> None:
+    """Subtract from each of ``tensors``, in place, its other one; on a GPU, in one kernel for all."""
+    torch._foreach_sub_(tensors, others)
+
+
+def copy_each(tensors: list[Tensor], others: list[Tensor]) -> None:
+    """Copy into each of ``tensors`` its other one; on a GPU, in one kernel for all."""
+    torch._foreach_copy_(tensors, others)
+
+
+def replace_step(optimizer: Optimizer, push: Callable[[], None]) -> Callable[[], None]:
+    """Let ``optimizer.step(closure)`` run closure and ``push`` between the user's step hooks; return what undoes it.
+
+    Learning-rate schedulers wrap ``step`` of the object, and warn where they find that somebody else has; a fused
+    optimizer tells a gradient scaler that it unscales by itself, but its kernel does not run here.
+    """
+
+    def step(self: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        push()
+        self._opt_called = True  # type: ignore[attr-defined]  # what learning-rate schedulers look at
+        return result
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    replaced = ("step", "_step_supports_amp_scaling")
+    before = {name: value for name, value in vars(optimizer).items() if name in replaced}
+    optimizer.step = MethodType(Optimizer.profile_hook_step(step), optimizer)  # type: ignore[method-assign]
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+
+    def undo() -> None:
+        for name in replaced:
+            optimizer.__dict__.pop(name, None)
+        optimizer.__dict__.update(before)
+
+    return undo
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether ``module`` is a batch norm of any kind, which ``sync_batchnorm=True`` would make one over all ranks."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
 def registered_node(kind: type) -> Node | None:

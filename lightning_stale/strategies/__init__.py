@@ -11,6 +11,7 @@ from lightning_stale.strategies.base import StaleStrategy, StartMethod
 from lightning_stale.strategies.dsp import DSPStrategy
 from lightning_stale.strategies.hpsgd import HPSGDStrategy
 from lightning_stale.strategies.stale_sync import StaleSyncStrategy
+from lightning_stale.strategies.wrong_package import refuse_wrong_package
 
 _START_METHODS: dict[str, StartMethod] = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
 """By the ending of a name, as Lightning has it for ``ddp``."""
@@ -31,7 +32,8 @@ def strategy_names() -> dict[str, tuple[type[StaleStrategy], dict[str, Any]]]:
 
 
 def register_strategies() -> None:
-    """Make ``Trainer(strategy="bsp")`` and the like work."""
+    """Make ``Trainer(strategy="bsp")`` and the like work, and that of ``pytorch_lightning`` say what to import."""
+    refuse_wrong_package(strategy_names(), StaleStrategy)
     for name, (strategy, options) in strategy_names().items():
         described = PARADIGMS[options["paradigm"]] if "paradigm" in options else strategy
         summary = (described.__doc__ or "").splitlines()[0]

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import atexit
-import logging
+import uuid
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from functools import partial
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, TypeVar
 
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from lightning_stale.failures import RunFailedError, describe
+from lightning_stale.events import Recorder
 from lightning_stale.launchers import ScriptLauncher, SummaryLauncher
 from lightning_stale.launchers.hydra.job import current_job, destroy_process_group
-from lightning_stale.private import of_lightning, of_torch
+from lightning_stale.private import of_lightning
+from lightning_stale.strategies import checkpoint_entries
 from lightning_stale.strategies.buffers import Versioned, agree_on_buffers, agree_on_changed
 from lightning_stale.strategies.checks import (
     check_batch_norm,
@@ -34,23 +35,30 @@ from lightning_stale.strategies.checks import (
     check_optimizers,
     check_trainer,
 )
-from lightning_stale.strategies.meeting import MeetingPoints
-from lightning_stale.strategies.twin import refuse_environment
-
-log = logging.getLogger(__name__)
+from lightning_stale.strategies.clipping import Clip, clipping_with
+from lightning_stale.strategies.collectives import Collectives, warn_within_batch
+from lightning_stale.strategies.hosted_process import HostedProcess
+from lightning_stale.strategies.meeting_points import MeetingPoints
+from lightning_stale.strategies.other_ranks import OtherRanks, log_signal
+from lightning_stale.strategies.updates.update import Training, Update
+from lightning_stale.strategies.wrong_package import refuse_environment
+from lightning_stale.topology import Topology
+from lightning_stale.transport import secret
 
 _T = TypeVar("_T")
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
-_PER_BATCH_HOOKS = {"training_step", "on_train_batch_start", "on_train_batch_end", "on_before_optimizer_step"}
 
 
 class StaleStrategy(DDPStrategy):
-    """Workers that train without meeting at every batch.
+    """Ranks that train without meeting at every batch.
 
     The launchers, process group, samplers and reductions are those of Lightning's DDP; the model is not wrapped, and no
-    collective is left in a training batch. Subclasses say what happens at a meeting point.
+    collective is left in a training batch. A subclass says what the ranks are to each other (:attr:`topology`) and how
+    weights are updated (an :class:`~lightning_stale.strategies.updates.update.Update`); here, the calls of both are
+    wired to Lightning's hooks.
 
     Args:
+        update: how the weights of a rank are updated.
         start_method: how Lightning starts the workers, as in ``DDPStrategy``.
         process_group_backend: as in ``DDPStrategy``.
         timeout: of a collective, and for the ranks to find each other. In ``fit`` nobody waits for a slow rank in a
@@ -63,12 +71,15 @@ class StaleStrategy(DDPStrategy):
 
     _registered = ""
     """The name that stands for it in ``Trainer(strategy=...)``."""
+    _entry: checkpoint_entries.EntryName | None = None
+    """Where the update's state is in a checkpoint."""
     _steps_locally = False
     """Whether a worker's own optimizer takes its steps, as a plain Trainer would, with gradients that nobody needs."""
 
     def __init__(
         self,
         *,
+        update: Update,
         start_method: StartMethod = "popen",
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=10),
@@ -86,24 +97,31 @@ class StaleStrategy(DDPStrategy):
             timeout=timeout,
             start_method=start_method,
         )
-        self.timeout = timeout
-        self._undo_setup: list[Callable[[], None]] = []
+        self.timeout, self.start_method = timeout, start_method
+        self._update = update
+        self._others = OtherRanks(self._require_trainer)
+        self._collectives = Collectives(self._others, self._may_meet, self._undisturbed)
+        self._undo_setup: list[Callable[[], object]] = []
         self._untrained: list[Versioned] = []
-
-    @abstractmethod
-    def meet(self, place: str) -> None:
-        """Wait until all workers are at ``place``, and have the same weights on all of them."""
-
-    def after_batch(self) -> None:
-        """Called after each training batch, outside of the user's ``training_step``."""
-
-    @abstractmethod
-    def report(self, exception: BaseException) -> None:
-        """Tell the other workers that this one fails with ``exception``."""
+        self._recorder = Recorder()  # of what happens on this rank
 
     @abstractmethod
     def summary(self) -> dict[str, Any]:
         """Return the counts of the run."""
+
+    @property
+    def _host(self) -> HostedProcess[Any]:
+        """The process that all ranks connect to."""
+        return self._others.host
+
+    def _connects(self, trainer: Trainer) -> bool:
+        """Whether they connect to it in this run."""
+        return trainer.state.fn == TrainerFn.FITTING and self.num_nodes * self.num_processes > 1
+
+    @property
+    def topology(self) -> Topology:
+        """What the ranks are to each other: workers with a replica each, unless a subclass says otherwise."""
+        return Topology(self.world_size, nodes=self.num_nodes)
 
     # --- set-up -----------------------------------------------------------------------------------------------------
 
@@ -111,160 +129,239 @@ class StaleStrategy(DDPStrategy):
         refuse_environment(self.cluster_environment)
         current_job()  # ends what a job before this one has left: it looks as if torchrun had started this process
         super()._configure_launcher()
-        if self._start_method == "popen":
+        if self.start_method == "popen":
             assert self.cluster_environment is not None
             self._launcher = ScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
         else:
-            self._launcher = SummaryLauncher(self, start_method=self._start_method)
+            self._launcher = SummaryLauncher(self, start_method=self.start_method)
         check_notebook(self._launcher.is_interactive_compatible, type(self).__name__, f"{self._registered}_notebook")
 
     def check_before_launch(self, trainer: Trainer) -> None:
         """Refuse what no rank could run before any of them is started; :meth:`setup` checks it all again."""
         if trainer.state.fn == TrainerFn.FITTING and self.lightning_module is not None:
             check_trainer(trainer)
-            check_batch_norm(self.lightning_module, self._layer_sync is not None)
+            check_batch_norm(self.lightning_module, of_lightning.synchronizes_batch_norm(self))
 
     def setup_environment(self) -> None:
         """Set up the process group as DDP does, and see to it that it is destroyed before the interpreter is.
 
         Lightning does so for NCCL only; with gloo, torch 2.13 now and then aborts at exit ("terminate called without an
         active exception"), and a worker's exit code then makes Lightning kill the others.
+
+        That the ranks will trust each other is seen to before they wait for each other, and what they will all connect
+        to begins to import what it needs meanwhile.
         """
+        if self._connects(self._require_trainer()):
+            if self._host.needs_secret:
+                secret.check(self.num_nodes)
+            if self.node_rank == 0 and self.local_rank == 0:
+                self._host.prepare()
         super().setup_environment()
         atexit.unregister(destroy_process_group)
         atexit.register(destroy_process_group)
 
     def setup(self, trainer: Trainer) -> None:
-        """Check, set up as DDP does, and take the collectives out of the batches."""
-        if trainer.state.fn == TrainerFn.FITTING:
+        """Check, set up, and take the collectives out of the batches."""
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting:
             assert self.model is not None
             check_trainer(trainer)
             check_device(self.root_device)
-            check_model(self.model, self._layer_sync is not None, self._steps_locally)
-        super().setup(trainer)
+            check_model(self.model, of_lightning.synchronizes_batch_norm(self), self._steps_locally)
+        super(DDPStrategy, self).setup(trainer)  # which calls _setup_model; DDP's own would wrap the model
         self._undo_setup.append(of_lightning.free_batches(trainer))
-        if trainer.state.fn == TrainerFn.FITTING:
+        if fitting:
             if not self._steps_locally:
                 check_optimizers(self.optimizers)
-            self._add_meeting_points(trainer)
+            self._add_callback(trainer, MeetingPoints(self), 0)
             trained = {
                 id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]
             }
             self._untrained = [Versioned(p) for p in trainer.lightning_module.parameters() if id(p) not in trained]
 
-    def configure_ddp(self) -> None:
-        """Give all workers the same weights to start from, instead of wrapping the model."""
-        assert self.model is not None
-        of_lightning.broadcast_module(self.model)
+    def _setup_model(self, model: nn.Module) -> nn.Module:  # type: ignore[override]
+        """Give all ranks the same weights to start from, instead of wrapping the model."""
+        of_lightning.broadcast_module(model)
+        return model
 
     def teardown(self) -> None:
-        """Undo :meth:`setup`."""
+        """End what is left after a failure, and undo :meth:`setup`."""
+        self._update.release()
+        self._others.leave(finished=not self._is_interrupted())
         while self._undo_setup:
             self._undo_setup.pop()()
         super().teardown()
 
-    def _add_meeting_points(self, trainer: Trainer) -> None:
-        callback = MeetingPoints(self)
+    def _add_callback(self, trainer: Trainer, callback: Any, position: int) -> None:
         callbacks = of_lightning.callbacks(trainer)
-        callbacks.insert(0, callback)
+        callbacks.insert(position, callback)
         self._undo_setup.append(lambda: callbacks.remove(callback))
+
+    def _clip_with(self, clip: Clip) -> None:
+        plain = self.precision_plugin
+        self.precision_plugin = clipping_with(plain, clip)
+        self._undo_setup.append(lambda: setattr(self, "precision_plugin", plain))
+
+    # --- training ---------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """Begin from weights that are the same on all ranks of a stage."""
+        super().on_train_start()
+        self._begin(self._new_run())
+
+    def _begin(self, run: str) -> None:
+        assert self.cluster_environment is not None
+        assert self.lightning_module is not None
+        self._update.start(
+            Training(
+                run=run,
+                rank=self.global_rank,
+                topology=self.topology,
+                others=self._others,
+                module=self.lightning_module,
+                optimizers=self.optimizers,
+                device=self.root_device,
+                main_address=self.cluster_environment.main_address,
+                timeout=self.timeout,
+                check_signals=self._check_signals,
+                record=self._recorder.record,
+            )
+        )
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self._update.before_batch()
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """Take the step, as the update takes it."""
+        step = super().optimizer_step
+        return self._update.step(lambda: step(optimizer, closure, model, **kwargs))
+
+    def after_batch(self) -> None:
+        """Called after each training batch, outside of the user's ``training_step``."""
+        self._update.after_batch()
+
+    def meet(self, place: str) -> None:
+        """Wait until all ranks are at ``place``, and have the same weights on all of a stage."""
+        if self._update.running:
+            self._update.meet(place)
+            if not self.topology.one_replica:
+                self._others.guard(self._agree_on_buffers)
+
+    def on_validation_end(self) -> None:
+        self._update.after_validation()
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        self._update.finish()
 
     def _agree_on_buffers(self) -> None:
         assert self.lightning_module is not None
         agree_on_buffers(self.lightning_module, self.world_size)
         agree_on_changed(self._untrained, self.world_size)
 
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return the weights, after all ranks have met; without waiting where the run has been interrupted."""
+        if self._is_interrupted():
+            self._update.recover()
+        else:
+            self.meet("a checkpoint")
+        return super().lightning_module_state_dict()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return the state of ``optimizer`` on rank 0, which saves it."""
+        raw = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        state = self._update.optimizer_state(raw)
+        return super().optimizer_state(optimizer) if state is None else state
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Save an ordinary Lightning checkpoint, with an entry of the update's."""
+        if self._entry is not None and self.is_global_zero:
+            checkpoint_entries.write(checkpoint, self._entry, self._update.state_dict)
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Load the optimizers' states, and what the update goes on from, if the checkpoint has it."""
+        super().load_optimizer_state_dict(checkpoint)
+        if self._entry is not None:
+            self._update.load_state_dict(checkpoint_entries.read(checkpoint, self._entry))
+
     # --- failures ---------------------------------------------------------------------------------------------------
 
+    def report(self, exception: BaseException) -> None:
+        """Tell the other ranks that this one fails with ``exception``."""
+        self._others.report(exception)
+
     def on_exception(self, exception: BaseException) -> None:
-        """Say which signal ends the run, and which rank has received it: Lightning says nothing of a SIGTERM."""
-        super().on_exception(exception)
-        kind, text = describe(exception)
-        if kind != "error" and self.is_global_zero:
-            told = exception.__cause__
-            whose = told if isinstance(told, RunFailedError) else f"rank {self.global_rank} {text}"
-            log.warning("%s: the run ends, on all ranks", whose)
+        """Say which signal ends the run, and which rank has received it: Lightning says nothing of a SIGTERM.
 
-    def _guard(self, call: Callable[[], _T]) -> _T:
-        """Run ``call``, which may wait; a signal that another rank has received ends this one likewise."""
-        try:
-            return call()
-        except RunFailedError as error:
-            if error.kind == "sigterm":
-                received = self._require_trainer().received_sigterm  # by this rank itself, and passed on to the others
-                of_lightning.note_sigterm(self._require_trainer())
-                raise SIGTERMException from (None if received else error)
-            if error.kind == "interrupt":
-                raise KeyboardInterrupt from error
-            raise
-
-    @contextmanager
-    def _ending_alike(self) -> Iterator[None]:
-        """Run a collective: where a signal has ended another rank amid it, this one ends so too, and not by an error.
-
-        Of two ranks that have both come to it, one may see the signal before it goes in.
+        In ``fit`` the other ranks have been told already, before any other callback.
         """
-        try:
-            yield
-        except RuntimeError as error:
-            told = self._told() if of_torch.is_lost_connection(error) else None
-            if told is None or told.kind == "error":
-                raise
-            self._guard(partial(_throw, told))
-
-    @abstractmethod
-    def _told(self) -> RunFailedError | None:
-        """Return why another rank has ended, if that is known by now."""
+        self.report(exception)
+        super().on_exception(exception)
+        if self.is_global_zero:
+            log_signal(exception, self.global_rank)
 
     def _check_signals(self) -> None:
         if self._require_trainer().received_sigterm:
             raise SIGTERMException
 
+    def _is_interrupted(self) -> bool:
+        trainer = None if self.lightning_module is None else of_lightning.trainer_of(self.lightning_module)
+        return trainer is not None and trainer.interrupted
+
     def _require_trainer(self) -> Trainer:
         assert self.lightning_module is not None
         return self.lightning_module.trainer
 
+    def _new_run(self) -> str:
+        """Return a name that no other run has, the same on all ranks."""
+        return self.broadcast(uuid.uuid4().hex)
+
+    def _join_others(self, run: str) -> None:
+        """Meet the other ranks, and hear of their failures, without a server."""
+        assert self.cluster_environment is not None
+        address = self.cluster_environment.main_address
+        self._others.connect(run, self.global_rank, self.topology, address, self._check_signals, super().barrier)
+
     # --- collectives ------------------------------------------------------------------------------------------------
 
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Replicas have samples of their own; the ranks of one replica have the same."""
+        return self.topology.sampler_kwargs(self.global_rank)
+
     def reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = "mean") -> Tensor:
-        """Reduce over the ranks, as DDP does; within a training batch, warn that this makes the workers meet."""
-        self._before_collective("reduce", group)
-        logged = isinstance(reduce_op, str)  # and not a decision that a callback takes, such as ModelCheckpoint's
-        if logged and self.world_size > 1 and self._in_training_batch():
-            rank_zero_warn(
-                "self.log(..., on_step=True, sync_dist=True) in a training batch makes all workers meet at every "
-                "batch, so that a slow one holds up the others: write sync_dist=False, or on_step=False"
-            )
-        with self._ending_alike():
-            return super().reduce(tensor, group, reduce_op)
+        """Reduce over the replicas, as DDP does; within a training batch, warn that this makes the workers meet."""
+        if self.topology.one_replica:
+            return tensor
+        reduce = super().reduce
+        if isinstance(reduce_op, str):  # logged, and not a decision that a callback takes, such as ModelCheckpoint's
+            warn_within_batch(self.lightning_module)
+        return self._collectives.run("reduce", lambda: reduce(tensor, group, reduce_op), group)
 
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
-        self._before_collective("all_gather", group)
-        with self._ending_alike():
-            return super().all_gather(tensor, group, sync_grads)
+        """Gather over the replicas."""
+        if self.topology.one_replica:
+            return (tensor if sync_grads else tensor.detach()).unsqueeze(0)
+        gather = super().all_gather
+        return self._collectives.run("all_gather", lambda: gather(tensor, group, sync_grads), group)
 
     def broadcast(self, obj: _T, src: int = 0) -> _T:
-        self._before_collective("broadcast")
-        with self._ending_alike():
-            return super().broadcast(obj, src)
+        """Send ``obj`` of ``src`` to all ranks, once all are there."""
+        broadcast = super().broadcast
+        return self._collectives.run("broadcast", lambda: broadcast(obj, src))
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
-        self._before_collective("barrier")
-        with self._ending_alike():
-            super().barrier(*args, **kwargs)
+        """Wait until all ranks are there."""
+        barrier = super().barrier
+        self._collectives.barrier(lambda: barrier(*args, **kwargs))
 
-    def _before_collective(self, name: str, group: Any | None = None) -> None:
-        """Called before all workers (``group``: ``None``) or some of them enter a collective of Lightning's."""
+    def _may_meet(self) -> bool:
+        """Whole replicas go on by themselves after an interruption; the parts of one cannot."""
+        return not self._is_interrupted() or self.topology.stages > 1
 
-    def _in_training_batch(self) -> bool:
-        module: LightningModule | None = self.lightning_module
-        return (
-            module is not None
-            and module._trainer is not None
-            and module.trainer.training
-            and of_lightning.current_hook(module) in _PER_BATCH_HOOKS
-        )
-
-
-def _throw(error: RunFailedError) -> NoReturn:
-    raise error
+    def _undisturbed(self) -> AbstractContextManager[None]:
+        """Return what a collective runs in that nothing else on the device may meet."""
+        return nullcontext()

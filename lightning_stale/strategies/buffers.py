@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_stale.private import of_modules, of_torch
+
 
 @torch.no_grad()
 def agree_on_buffers(model: nn.Module, world_size: int) -> None:
@@ -21,7 +23,7 @@ def agree_on_buffers(model: nn.Module, world_size: int) -> None:
     statistics = {
         id(buffer)
         for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._NormBase)
+        if of_modules.keeps_statistics(module)
         for buffer in (module.running_mean, module.running_var)
         if isinstance(buffer, Tensor)
     }
@@ -42,15 +44,15 @@ class Versioned:
 
     def __init__(self, parameter: Tensor) -> None:
         self.parameter = parameter
-        self._version = parameter._version
+        self._version = of_torch.versions_of([parameter])[0]
 
     def changed(self) -> bool:
         """Return whether it was changed in place since the last :meth:`settle`."""
-        return self.parameter._version != self._version
+        return of_torch.versions_of([self.parameter])[0] != self._version
 
     def settle(self) -> None:
         """Take it as it is now."""
-        self._version = self.parameter._version
+        self._version = of_torch.versions_of([self.parameter])[0]
 
 
 @torch.no_grad()

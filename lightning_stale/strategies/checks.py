@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint, Timer
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from lightning_stale.private import of_lightning
+from lightning_stale.private import of_lightning, of_torch
 
 
 def check_trainer(trainer: Trainer) -> None:
@@ -114,7 +114,7 @@ def check_batch_norm(model: nn.Module, synchronizes_batch_norm: bool) -> None:
         MisconfigurationException: names the module and the cure.
     """
     for name, module in model.named_modules():
-        if isinstance(module, nn.SyncBatchNorm) or (synchronizes_batch_norm and _is_batch_norm(module)):
+        if isinstance(module, nn.SyncBatchNorm) or (synchronizes_batch_norm and of_torch.is_batch_norm(module)):
             raise MisconfigurationException(
                 f"{name or 'the model'} is a SyncBatchNorm (or sync_batchnorm=True), which makes the workers meet in "
                 "every forward pass: write Trainer(sync_batchnorm=False) and plain BatchNorm, whose running statistics "
@@ -157,5 +157,19 @@ def check_validation_batches(trainer: Trainer) -> None:
         )
 
 
-def _is_batch_norm(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+def check_pipeline(trainer: Trainer) -> None:
+    """Refuse what cannot be done block by block.
+
+    Raises:
+        MisconfigurationException: with what to write instead.
+    """
+    if not trainer.lightning_module.automatic_optimization:
+        raise MisconfigurationException(
+            "DSP steps each block on its own, which manual optimization and several optimizers cannot: set "
+            "automatic_optimization = True and return one optimizer (with param groups) from configure_optimizers()"
+        )
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise MisconfigurationException(
+            "precision='16-mixed' scales the loss, and the scale of one stage is not that of another: write "
+            "precision='bf16-mixed'"
+        )

@@ -1,53 +1,48 @@
-"""The layer-wise pipeline in Lightning: an unmodified module, cut into blocks with diversely stale parameters."""
+"""The layer-wise pipeline in Lightning: one replica, cut into blocks with diversely stale parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
-from torchmetrics import Metric
 
-from lightning_stale.pipeline.block import Block
-from lightning_stale.pipeline.channels.links import Links, destroy_mesh, stage_mesh
+from lightning_stale.events import Recorder
+from lightning_stale.events.pipeline import StageCounts
+from lightning_stale.pipeline.channels.links import Links, stage_mesh
 from lightning_stale.pipeline.clipping import clip_per_block
-from lightning_stale.pipeline.divided.ownership import constant_names, own_names
-from lightning_stale.pipeline.divided.tensors import tensors_named
-from lightning_stale.pipeline.partition.body import outside
-from lightning_stale.pipeline.partition.costs import count_parameters
-from lightning_stale.pipeline.partition.disjoint import check_disjoint
+from lightning_stale.pipeline.divided.tensors import without_meta
 from lightning_stale.pipeline.partition.model import Split
-from lightning_stale.pipeline.pipeline import Pipeline
-from lightning_stale.pipeline.replaced_forward import ReplacedForward, positional
-from lightning_stale.pipeline.stage import Stage
 from lightning_stale.pipeline.staleness import Staleness
-from lightning_stale.pipeline.values.trees import tensors
 from lightning_stale.private import of_lightning
-from lightning_stale.strategies.alike import Alike
-from lightning_stale.strategies.partitioning import partition
-from lightning_stale.strategies.predictions import share_predictions
-from lightning_stale.strategies.relay import MetricsRelay
-from lightning_stale.strategies.whole_model import Whole, WholeModelStrategy
+from lightning_stale.strategies.assembly import Assembly
+from lightning_stale.strategies.base import StaleStrategy
+from lightning_stale.strategies.checks import check_pipeline
+from lightning_stale.strategies.divided_model import DividedModel, Whole, check_callbacks, copied, load_mapped
+from lightning_stale.strategies.dsp_options import number_of_stages
+from lightning_stale.strategies.results_of_rank_0 import (
+    MetricsOfRank0,
+    separate_metrics,
+    share_results,
+    warn_of_gradients,
+)
+from lightning_stale.strategies.running_pipeline import RunningPipeline
+from lightning_stale.strategies.same_batches import SameBatches
+from lightning_stale.strategies.updates.local import LocalUpdate
+from lightning_stale.topology import Topology
+from lightning_stale.transport.groups import gather_everywhere
 
-_GRADIENT_HOOKS = ("on_after_backward", "on_before_optimizer_step")
 
-
-class _StageDoneError(Exception):
-    """Ends a step on a rank without the last stage: what comes after the body is another rank's."""
-
-
-class DSPStrategy(WholeModelStrategy):
+class DSPStrategy(StaleStrategy):
     """Cuts the layers into a pipeline of blocks, each updated at once, from diversely stale features and gradients.
 
     In each iteration stage ``k`` runs the forward of batch ``n`` and the backward of batch ``n - m_k``, and takes a
@@ -95,38 +90,30 @@ class DSPStrategy(WholeModelStrategy):
         gather: Whole = "rank0",
         **kwargs: Any,
     ) -> None:
-        super().__init__(gather=gather, **kwargs)
-        if stages is None and not isinstance(staleness, str):
-            stages = len(staleness)
-        if stages is not None and (isinstance(stages, bool) or not isinstance(stages, int) or stages < 1):
-            raise ValueError(f"stages={stages!r}: write an integer >= 1, e.g. stages=3")
-        if isinstance(split, str) and split not in ("params", "time"):
+        super().__init__(update=LocalUpdate(), **kwargs)
+        if gather not in ("rank0", "all"):
             raise ValueError(
-                f"split={split!r}: write 'params', 'time', where blocks start (split=[3, 6]), or the names of the "
-                "submodules that start a block (split=['layer2', 'layer3'])"
+                f"gather={gather!r}: write 'rank0' (the model is whole on rank 0 after a run, and the others keep "
+                "their part) or 'all'"
             )
-        if not isinstance(split, str) and split:
-            if stages is not None and stages != len(split) + 1:
-                raise ValueError(
-                    f"split={list(split)} makes {len(split) + 1} blocks for {stages} stages: write stages="
-                    f"{len(split) + 1} (and as many numbers in staleness), or {stages - 1} starts in split"
-                )
-            stages = len(split) + 1
-        Staleness.of(staleness, stages or 3, queues)  # so that an error comes early
+        stages = number_of_stages(stages, staleness, queues, split)
         self.stages, self.staleness, self.queues, self.recompute = stages, staleness, queues, recompute
         self.module, self.split = module, split
-        self._pipeline: Pipeline | None = None
-        self._owner: nn.Module | None = None
-        self._blocks: list[Block] = []
-        self._count, self._mine = 0, range(0)
-        self._mesh: DeviceMesh | None = None
-        self._alike: Alike | None = None
-        self._path: tuple[int, ...] = ()  # what tells the present step from all others
-        self._evaluated = 0
-        self._links: Links | None = None
-        self._calls: int | None = None  # of the body, in a step
-        self._since_step = 0
+        self.gather = gather
+        self._counts = StageCounts()
         self._summary: dict[str, Any] = {"staleness": (), "stages": []}
+        self._same: SameBatches | None = None
+        self._divided: DividedModel | None = None
+        self._assembly: Assembly | None = None
+        self._running: RunningPipeline | None = None
+
+    @property
+    def topology(self) -> Topology:
+        """All ranks hold one replica together."""
+        return Topology(self.world_size, stages=self.world_size, nodes=self.num_nodes)
+
+    def _connects(self, trainer: Trainer) -> bool:
+        return self.num_nodes * self.num_processes > 1  # to evaluate too
 
     # --- set-up -----------------------------------------------------------------------------------------------------
 
@@ -134,370 +121,221 @@ class DSPStrategy(WholeModelStrategy):
         """Join the other ranks; loaders may be made at any time from now on."""
         super().setup_environment()
         trainer = self._require_trainer()
-        self._alike = Alike(self)
+        self._same = SameBatches(self)
+        self._divided = DividedModel(
+            trainer.lightning_module, self.topology, self.global_rank, self.root_device, self._collectives
+        )
         self._undo_setup.append(of_lightning.use_samplers_as_they_are(trainer))
         self._undo_setup.append(of_lightning.before_loading(trainer, self._before_loading))
         self._undo_setup.append(of_lightning.before_fetching(trainer, self._before_fetching))
 
     def _before_loading(self) -> None:
         """Meet before validation puts the model in eval mode (what is left is training), and let all draw alike."""
-        assert self._alike is not None
+        assert self._same is not None
         trainer = self._require_trainer()
         if trainer.validating and trainer.state.fn == TrainerFn.FITTING:
             trainer.training = True
             self.meet("validation")
             trainer.validating = True
-        self._alike.agree()
+        self._same.agree()
 
     def _before_fetching(self) -> None:
-        if self._pipeline is not None and self._alike is not None:
-            self._alike.follow(self._pipeline)
+        if self._running is not None and self._same is not None:
+            self._same.follow(self._running.pipeline)
 
     def setup(self, trainer: Trainer) -> None:
         """Set up, cut the model, and keep only what this rank owns."""
-        assert self._alike is not None
+        assert self._same is not None
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
-            self._check(trainer)
-            self._check_callbacks(trainer)
+            check_pipeline(trainer)
+            if self.world_size > 1:
+                check_callbacks(trainer)
         stages = self.stages or self.world_size
-        if stages % self.world_size:
-            raise MisconfigurationException(
-                f"stages={stages} on {self.world_size} devices: write a multiple of {self.world_size}, e.g. "
-                f"stages={self.world_size}{self._as_many_starts()}, or devices=1 for virtual stages"
-            )
-        per_rank = stages // self.world_size
-        first = (self.world_size - 1 - self.global_rank) * per_rank  # the last stage is on rank 0
-        self._count, self._mine = stages, range(first, first + per_rank)
-        self._alike.agree()
+        self._assembly = Assembly(trainer, stages, self.topology, self.global_rank, self.module, self.split)
+        self._same.agree()
         super().setup(trainer)
-        self._cut(trainer)
-        callbacks, relay = of_lightning.callbacks(trainer), MetricsRelay(self.meet, self._end_evaluation)
-        callbacks.insert(int(fitting), relay)  # after MeetingPoints
-        self._undo_setup.append(lambda: callbacks.remove(relay))
+        self._run_in_pipeline(trainer, self._assembly, self._same)
+        after_meeting_points = int(fitting)
+        self._add_callback(trainer, MetricsOfRank0(self.meet, self._end_evaluation), after_meeting_points)
         if fitting:
-            self.precision_plugin.clip_gradients = self._clip_per_block  # type: ignore[method-assign]
-            self._undo_setup.append(lambda: self.precision_plugin.__dict__.pop("clip_gradients", None))
-
-    def _as_many_starts(self) -> str:
-        if isinstance(self.split, str):
-            return ""
-        return f" with {self.world_size - 1} instead of {len(self.split)} starts in split"
+            self._clip_with(self._clip_per_block)
 
     def process_dataloader(self, dataloader: object) -> object:
         """Have all ranks draw the same samples."""
-        if self._alike is not None and isinstance(dataloader, DataLoader):
-            self._undo_setup.extend(self._alike.prepare(dataloader))
+        if self._same is not None and isinstance(dataloader, DataLoader):
+            self._undo_setup.extend(self._same.prepare(dataloader))
         return dataloader
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """Move the batch to the device."""
-        if self._alike is not None:
-            self._alike.note_batch(batch)
+        if self._same is not None:
+            self._same.note_batch(batch)
         return super().batch_to_device(batch, device, dataloader_idx)
 
     def check_before_launch(self, trainer: Trainer) -> None:
         super().check_before_launch(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
-            self._check(trainer)
+            check_pipeline(trainer)
 
-    def _check(self, trainer: Trainer) -> None:
-        module = trainer.lightning_module
-        if not module.automatic_optimization:
-            raise MisconfigurationException(
-                "DSP steps each block on its own, which manual optimization and several optimizers cannot: set "
-                "automatic_optimization = True and return one optimizer (with param groups) from configure_optimizers()"
-            )
-        if getattr(self.precision_plugin, "scaler", None) is not None:
-            raise MisconfigurationException(
-                "precision='16-mixed' scales the loss, and the scale of one stage is not that of another: write "
-                "precision='bf16-mixed'"
-            )
-
-    def _cut(self, trainer: Trainer) -> None:
-        module = trainer.lightning_module
-        stages, mine = self._count, self._mine
-        staleness = Staleness.of(self.staleness, stages, self.queues)
-        owner = self._cut_once(trainer)
-        check_disjoint(self._blocks, outside(module, owner))
-        if self.world_size > 1:
-            self._mesh = stage_mesh(self.world_size, self.root_device)
-            health = self._start_health()
-
-            def check(neighbour: int, ended: bool) -> None:
-                self._guard(lambda: health.check([neighbour], ended))
-
-            self._links = Links(self._mesh, staleness, self.root_device, check, self.timeout)
-        assert self._alike is not None
-        self._alike.begin(trainer.state.fn == TrainerFn.FITTING, stale=any(staleness.m))
-        self._pipeline = Pipeline(
-            [
-                Stage(
-                    self._blocks[k],
-                    staleness.m[k],
-                    recompute=self.recompute,
-                    first=k == 0,
-                    last=k == stages - 1,
-                    context=self.precision_plugin.forward_context,
-                )
-                for k in mine
-            ],
-            **({} if self._links is None else self._links.channels),
-            first=mine.start,
-            streams=self._alike.streams,
+    def _run_in_pipeline(self, trainer: Trainer, assembly: Assembly, same: SameBatches) -> None:
+        module, fitting = trainer.lightning_module, trainer.state.fn == TrainerFn.FITTING
+        staleness = Staleness.of(self.staleness, assembly.stages, self.queues)
+        owner = assembly.owner()
+        stages = assembly.make_stages(staleness, self.recompute, self.precision_plugin.forward_context)
+        same.begin(fitting, stale=any(staleness.m))
+        connection = self._connect(staleness) if self.world_size > 1 else None
+        self._counts = StageCounts()
+        self._recorder = Recorder(self._counts)
+        self._running = RunningPipeline(
+            trainer, assembly, stages, same, self._step_with_gradients, connection, self._recorder.record
         )
-        self._summary = {
-            "staleness": staleness.m,
-            "stages": [
-                {"stage": k, "parameters": count_parameters(block.module)} for k, block in enumerate(self._blocks)
-            ],
-        }
-        arguments = positional(owner)
-        run = of_lightning.not_compiled(lambda *args, **kwargs: self._forward(arguments(*args, **kwargs)))
-        self._undo_setup.append(of_lightning.replace_forward(module, owner, ReplacedForward(owner, run)))
+        self._summary = {"staleness": staleness.m, "stages": assembly.rows()}
+        self._undo_setup.append(self._running.replace_forward(module, owner))
         if self.world_size > 1:
-            trained = self.optimizers if trainer.state.fn == TrainerFn.FITTING else []  # or left from the last fit
-            self._divide(trainer, trained)
-            self._blocks = [block if k in mine else Block(nn.Module()) for k, block in enumerate(self._blocks)]
-            self._separate_metrics(module)
-            self._share_results(trainer)
+            assert self._divided is not None
+            trained = self.optimizers if fitting else []  # or left from the last fit
+            self._undo_setup += self._divided.divide(assembly.owned(), trained, trainer)
+            assembly.forget_others()
+            self._undo_setup += separate_metrics(module) + share_results(trainer)
 
-    def _cut_once(self, trainer: Trainer) -> nn.Module:
-        """Return the module that the blocks replace."""
-        if self._owner is None:
-            self._owner, self._blocks = partition(trainer, self._count, self.module, self.split)
-        return self._owner
+    def _connect(self, staleness: Staleness) -> tuple[Links, DeviceMesh]:
+        mesh = stage_mesh(self.world_size, self.root_device)
+        self._join_others(self._new_run())
 
-    def _own(self) -> tuple[list[set[str]], set[str]]:
-        trainer = self._require_trainer()
-        module = trainer.lightning_module
-        if self._owner is None and self.split == "time" and trainer.state.fn == TrainerFn.FITTING:
-            everything = tensors_named(module)  # it is measured whole, once there are optimizers
-            return [everything] * self.world_size, set()
-        self._cut_once(trainer)
-        modules = [block.module for block in self._blocks]
-        per_rank = self._count // self.world_size
-        starts = range(self._count - per_rank, -1, -per_rank)  # the last stage is on rank 0
-        own = [
-            own_names(module, modules[start : start + per_rank], modules, with_rest=start + per_rank == self._count)
-            for start in starts
-        ]
-        return own, constant_names(module, modules)
+        def check(_: int, seems_to_have_ended: bool) -> None:
+            self._others.check(fresh=seems_to_have_ended)
 
-    @contextmanager
-    def _all_ranks(self) -> Iterator[None]:
-        if self._pipeline is not None:
-            self._pipeline.widen()
-        with super()._all_ranks():
-            yield
+        return Links(mesh, staleness, self.root_device, check, self.timeout), mesh
 
-    def _is_cut(self) -> bool:
-        return self._pipeline is not None
+    # --- the model over the ranks -----------------------------------------------------------------------------------
 
-    def _forget_batches(self) -> None:
-        assert self._pipeline is not None
-        self._pipeline.restart()
-        self._since_step = 0
+    def model_to_device(self) -> None:
+        """Give each rank its part of rank 0's model, on the device."""
+        assert self._divided is not None
+        assert self._assembly is not None
+        self._divided.see_to_values(self.broadcast)
+        if self.world_size == 1:
+            self._divided.leave_file()
+            super().model_to_device()
+        else:
+            self._divided.place(self._assembly.owned())
 
-    def _share_results(self, trainer: Trainer) -> None:
-        """Let ``trainer.validate()``, ``test()`` and ``predict()`` return the results of rank 0 everywhere."""
-        if trainer.predicting:
-            self._undo_setup.extend(share_predictions(trainer))
-        if trainer.evaluating:
-            loop = trainer.test_loop if trainer.testing else trainer.validate_loop
-            run = loop.run
-            loop.run = lambda: self.broadcast(run())  # type: ignore[method-assign]
-            self._undo_setup.append(lambda: loop.__dict__.pop("run", None))
+    def _setup_model(self, model: nn.Module) -> nn.Module:  # type: ignore[override]
+        """Leave it as it is: each rank has got its part of rank 0's."""
+        return super()._setup_model(model) if self.world_size == 1 else model
 
-    def _separate_metrics(self, module: LightningModule) -> None:
-        """Let torchmetrics gather over the replicas, of which there is one, and not over the stages."""
-        for metric in module.modules():
-            if isinstance(metric, Metric) and metric.process_group is None:
-                available = metric.distributed_available_fn
-                metric.distributed_available_fn = bool  # says False, and unlike a process group can be pickled
-                self._undo_setup.append(partial(setattr, metric, "distributed_available_fn", available))
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load a checkpoint; the weights and states in it stay in the file where possible, until they are needed."""
+        mapped = load_mapped(self.checkpoint_io, checkpoint_path, weights_only)
+        return super().load_checkpoint(checkpoint_path, weights_only) if mapped is None else mapped
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load the weights: into the whole model, or in the middle of a run, after a trial, into this rank's part."""
+        assert self._divided is not None
+        if self._running is None:
+            self._divided.load_weights(checkpoint["state_dict"], strict)
+        else:
+            self._running.draining.forget_batches()
+            self._divided.load_own_weights(checkpoint["state_dict"], strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Load this rank's part of each optimizer's state."""
+        if self._divided is not None and self._divided.is_divided:
+            self._divided.load_optimizers(checkpoint["optimizer_states"])
+        else:
+            super().load_optimizer_state_dict({"optimizer_states": copied(checkpoint["optimizer_states"])})
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return the whole model's weights on rank 0; elsewhere, what other ranks have is on the meta device."""
+        divided = self._divided if self._divided is not None and self._divided.is_divided else None
+        if divided is not None and self._is_interrupted():
+            raise RuntimeError("the run has failed, and a checkpoint needs every stage: resume from the last one")
+        self.meet("a checkpoint")
+        assert self.lightning_module is not None
+        return self.lightning_module.state_dict() if divided is None else divided.state_dict()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return the whole optimizer's state, in the user's parameter order, on rank 0."""
+        raw = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        state = None if self._divided is None else self._divided.optimizer_state(raw)
+        return super().optimizer_state(optimizer) if state is None else state
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write the checkpoint, with whole modules in it."""
+        if self._divided is not None:
+            checkpoint = self._divided.complete(checkpoint)
+        super().save_checkpoint(checkpoint, filepath, storage_options)
 
     # --- training ---------------------------------------------------------------------------------------------------
 
-    def _forward(self, features: tuple[Any, ...]) -> Any:
-        assert self._pipeline is not None
-        assert self._alike is not None
-        assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
-        training = self._calls is not None and trainer.training
-        if self.world_size > 1 and self._calls is None:
-            raise MisconfigurationException(
-                "the body was called outside of a step, where the stages do not run one after the other: call it in "
-                "training_step, validation_step, test_step or predict_step, and keep what a later hook needs"
-            )
-        if self._calls and (training or self.world_size > 1):
-            raise MisconfigurationException(
-                "the body was called twice in one training_step, validation_step, test_step or predict_step, and a "
-                "pipeline runs each batch through once: call it once, on the concatenated inputs"
-            )
-        if self._calls is not None:
-            self._calls += 1
-        if training and not of_lightning.skips_backward(trainer):
-            if any(tensor.requires_grad for tensor in tensors(features)):
-                raise MisconfigurationException(
-                    "what training_step computes before the module that was cut has parameters to train, which no "
-                    "stage owns: make it part of that module, or freeze it"
-                )
-            run = self._pipeline.forward
-        else:
-            run = self._pipeline.evaluate
-        tell = self._alike.tell(features)
-        result = run(features, tell)
-        if result is None:
-            raise _StageDoneError
-        if self._calls is not None:
-            self._alike.compare(tell, self._pipeline.told, self._place())
-        return result[0]
-
-    def _place(self) -> str:
-        trainer = self._require_trainer()
-        if trainer.training:
-            return f"batch {trainer.fit_loop.batch_idx} of epoch {trainer.current_epoch}"
-        return f"batch {self._evaluated - 1} of the evaluation"
-
-    @contextmanager
-    def _step(self) -> Iterator[None]:
-        """Count the calls of the body in a step; a rank without the last stage is done after the first."""
-        assert self._alike is not None
-        trainer = self._require_trainer()
-        self._path = (int(trainer.training), trainer.fit_loop.total_batch_idx, self._evaluated)
-        self._evaluated += 0 if trainer.training else 1
-        self._calls = 0
-        try:
-            with self._alike.streams.step(self._path):
-                yield
-        except _StageDoneError:
-            pass
-        except (RuntimeError, NotImplementedError) as error:
-            if self._calls == 0 and self.world_size > 1 and "meta" in str(error):  # another rank's part of the model
-                raise MisconfigurationException(self._call_what_was_cut()) from error
-            raise
-        finally:
-            self._calls = None
-
-    def _call_what_was_cut(self) -> str:
-        assert self.lightning_module is not None
-        path = next(path for path, module in self.lightning_module.named_modules() if module is self._owner)
-        if not path:
-            return (
-                "a step did not call self(...), whose forward the blocks of configure_stages() replace: write self(x) "
-                "instead of, say, self.net(x) in training_step, validation_step, test_step and predict_step"
-            )
-        return (
-            f"a step did not call self.{path.replace('_orig_mod.', '')}(...), the module that was cut: call it as a "
-            "whole, or name the one that is called, DSPStrategy(module=...)"
-        )
-
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        output: Any = torch.zeros((), device=self.root_device, requires_grad=True)
-        with self._step():
-            output = super().training_step(*args, **kwargs)
-            if not self._calls:
-                raise MisconfigurationException(self._call_what_was_cut())
-        if output is None:
-            raise MisconfigurationException(
-                "training_step returned None after the stages had run the batch: return a loss, e.g. 0 * loss"
-            )
-        return output
+        assert self._running is not None
+        step = super().training_step
+        return self._running.calls.train(lambda: step(*args, **kwargs))
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Back-propagate the loss where it is, and run the stages' backwards of this iteration."""
-        assert self._pipeline is not None
+        assert self._running is not None
         assert self.lightning_module is not None
-        assert self._alike is not None
-        with self._alike.streams.apart():
-            self._alike.streams.own((0, self.global_rank, *self._path))
-            closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
-            if self._pipeline.has_last:
-                self.precision_plugin.backward(closure_loss, self.lightning_module, optimizer, *args, **kwargs)
-            self._pipeline.backward()
-            self._since_step += 1
-            return self.precision_plugin.post_backward(closure_loss, self.lightning_module)
+        return self._running.backward(
+            closure_loss, optimizer, self.lightning_module, self.precision_plugin, *args, **kwargs
+        )
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        assert self._alike is not None
-        streams = self._alike.streams
-
-        def closure_and_own_numbers() -> Any:
-            result = closure()
-            streams.own((1, self.global_rank, *self._path))
-            return result
-
-        with streams.apart():
-            result = super().optimizer_step(optimizer, closure_and_own_numbers, model, **kwargs)
-        self._since_step = 0
-        self._warn_of_gradients()
+        assert self._running is not None
+        assert self._assembly is not None
+        step = super().optimizer_step
+        result = self._running.step(lambda run_batch: step(optimizer, run_batch, model, **kwargs), closure)
+        if self.world_size > 1:
+            warn_of_gradients(self._require_trainer(), self._assembly.stages)
         return result
-
-    def _warn_of_gradients(self) -> None:
-        assert self.lightning_module is not None
-        if self.world_size > 1 and of_lightning.logs_in(self.lightning_module.trainer, _GRADIENT_HOOKS):
-            rank_zero_warn(
-                f"what {' and '.join(_GRADIENT_HOOKS)} log of gradients, such as their norm, is that of the last stage "
-                "alone: the gradients of the others are on other ranks. DSPStrategy(stages="
-                f"{self._count}) with Trainer(devices=1) has them all"
-            )
 
     def meet(self, place: str) -> None:
         """Drain the pipeline: every batch has then updated every block once."""
-        if self._pipeline is None or self.lightning_module is None or not self.optimizers:
-            return
-        assert self._alike is not None
-        optimizer, module = self._lightning_optimizers[0], self.lightning_module
-        group = module.trainer.accumulate_grad_batches
+        if self._running is not None and self.lightning_module is not None and self.optimizers:
+            self._running.drain(self.optimizers[0], self._require_trainer().accumulate_grad_batches)
+            super().meet(place)
 
-        def step(force: bool = False) -> None:
-            self._since_step += 0 if force else 1
-            if self._since_step >= group or (force and self._since_step > 0):
-                self.precision_plugin.optimizer_step(optimizer._optimizer, model=module, closure=lambda: None)
-                optimizer._optimizer.zero_grad()
-                self._since_step = 0
+    def _step_with_gradients(self) -> Any:
+        module = self.lightning_module
+        assert module is not None
+        step = self.precision_plugin.optimizer_step
+        return self._update.step(lambda: step(self.optimizers[0], model=module, closure=lambda: None))
 
-        if self._pipeline.behind:
-            if self._since_step == 0:  # what the last step has used
-                optimizer._optimizer.zero_grad()
-            with torch.enable_grad(), self._alike.streams.apart():
-                self._alike.streams.own((2, self.global_rank, *self._path))
-                self._pipeline.drain(step)
-                step(force=True)
-        self._pipeline.restart()
-
-    def _clip_per_block(
-        self,
-        optimizer: Optimizer,
-        clip_val: int | float = 0.0,
-        gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
-    ) -> None:
-        if clip_val > 0:
-            by_value = gradient_clip_algorithm == GradClipAlgorithmType.VALUE
-            clip = torch.nn.utils.clip_grad_value_ if by_value else torch.nn.utils.clip_grad_norm_
-            clip_per_block(optimizer, [block.module for block in self._blocks], lambda group: clip(group, clip_val))
-
-    def _end_evaluation(self) -> None:
-        assert self._pipeline is not None
-        self._pipeline.end_evaluation()
+    def _clip_per_block(self, optimizer: Optimizer, value: float, algorithm: GradClipAlgorithmType) -> None:
+        assert self._assembly is not None
+        by_value = algorithm == GradClipAlgorithmType.VALUE
+        clip = torch.nn.utils.clip_grad_value_ if by_value else torch.nn.utils.clip_grad_norm_
+        clip_per_block(optimizer, [block.module for block in self._assembly.blocks], lambda group: clip(group, value))
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self._step():
-            return super().validation_step(*args, **kwargs)
-        return None
+        assert self._running is not None
+        step = super().validation_step
+        return self._running.calls.evaluate(lambda: step(*args, **kwargs))
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self._step():
-            return super().test_step(*args, **kwargs)
-        return None
+        assert self._running is not None
+        step = super().test_step
+        return self._running.calls.evaluate(lambda: step(*args, **kwargs))
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self._step():
-            return super().predict_step(*args, **kwargs)
-        return None
+        assert self._running is not None
+        step = super().predict_step
+        return self._running.calls.evaluate(lambda: step(*args, **kwargs))
+
+    def _end_evaluation(self) -> None:
+        assert self._running is not None
+        self._running.pipeline.end_evaluation()
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Take the decision of rank 0, where the metrics are."""
+        return bool(self.broadcast(decision))
+
+    def _undisturbed(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._running is None else self._running.undisturbed()
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
@@ -509,38 +347,26 @@ class DSPStrategy(WholeModelStrategy):
 
     def teardown(self) -> None:
         """End the channels, put the model together again, and give back what has been replaced."""
-        self._pipeline = None
-        self._end_links()
-        self._join()
-        self._end_health()
-        self._owner, self._blocks, self._alike = None, [], None
-        super().teardown()
-
-    def _end_links(self) -> None:
-        links, self._links = self._links, None
-        if links is not None and self._require_trainer().interrupted:
-            links.break_off()
-        elif links is not None:
-            links.end()
-        if self._mesh is not None:
-            destroy_mesh(self._mesh)
-            self._mesh = None
-
-    def _quiet(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._links is None else self._links.quiet()
+        running, self._running = self._running, None
+        if running is not None:
+            running.end(at_once=self._is_interrupted())
+        if self._divided is not None:
+            self._divided.join(not self._is_interrupted(), self.gather)
+        self._same = self._divided = self._assembly = None
+        with nullcontext() if self.lightning_module is None else without_meta(self.lightning_module):
+            super().teardown()
 
     def summary(self) -> dict[str, Any]:
         """Return ``{"staleness": m, "stages": [{"stage", "parameters", "busy_s"}, ...]}``; times after ``fit``."""
         return self._summary
 
     def _note_summary(self) -> None:
-        assert self._pipeline is not None
-        busy = [self._pipeline.busy_s]
+        busy_s = dict(self._counts.busy_s)
         if self.world_size > 1:
-            busy = self._gather_everywhere(self._pipeline.busy_s)[::-1]
-        per_rank = len(self._summary["stages"]) // len(busy)
+            ranks: list[dict[int, float]] = self._collectives.run("gather", lambda: gather_everywhere(busy_s))
+            busy_s = {stage: seconds for rank in ranks for stage, seconds in rank.items()}
         for row in self._summary["stages"]:
-            row["busy_s"] = busy[row["stage"] // per_rank] / per_rank
+            row["busy_s"] = busy_s.get(row["stage"], 0.0)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(stages={self.stages}, staleness={self.staleness!r}, split={self.split!r})"

@@ -30,10 +30,25 @@ class Introduction:
         run: a name that no other run has, the same on all ranks.
         rank: this one.
         others: how many other ranks there are.
+        name: of the process that rank 0 offers, in errors.
+        nodes: the number of hosts.
+        open_to_all: whether, on several hosts and without a secret, who reaches the store may reach the process too:
+            where all that matters goes through torch.distributed in any case, which lets him in.
     """
 
-    def __init__(self, store: Store, run: str, rank: int, others: int) -> None:
-        self._store, self._run, self._rank, self._others = store, run, rank, others
+    def __init__(
+        self,
+        store: Store,
+        run: str,
+        rank: int,
+        others: int,
+        *,
+        name: str = "parameter server",
+        nodes: int = 1,
+        open_to_all: bool = False,
+    ) -> None:
+        self._store, self._run, self._rank, self._others, self._name = store, run, rank, others, name
+        self._open = open_to_all and nodes > 1 and secret.from_environment() is None
         self._key = f"lightning_stale/{run}"
         self._file: SecretFile | None = None
 
@@ -41,7 +56,9 @@ class Introduction:
         """On rank 0: have ``start`` make the server, and tell the others; or that it has failed."""
         try:
             given = secret.from_environment()
-            if given is None and self._others == 0:
+            if self._open:
+                given = self._run
+            elif given is None and self._others == 0:
                 given = secret.fresh()
             if given is None:
                 self._file = SecretFile()
@@ -72,7 +89,7 @@ class Introduction:
         answer: str = self._store.get(self._key).decode()
         if not answer.startswith("+"):
             self._store.add(f"{self._key}/heard", 1)
-            raise ServerUnavailableError(f"rank 0 could not start the parameter server: {answer[1:]}")
+            raise ServerUnavailableError(f"rank 0 could not start the {self._name}: {answer[1:]}")
         name, _, sealed = answer[1:].partition("\n")
         credentials = Credentials.derive(self._find_secret(name), self._run)
         try:
@@ -99,6 +116,8 @@ class Introduction:
         given = secret.from_environment()
         if given is not None:
             return given
+        if self._open:
+            return self._run
         if name == "":
             raise SecretError(f"rank 0 has a {secret.VARIABLE} and rank {self._rank} has none: export it for all ranks")
         return secret.read(name)

@@ -200,8 +200,8 @@ class Resumed(L.Callback):
             strategy = trainer.strategy
             self.state = {"step": trainer.global_step, "epoch": trainer.current_epoch, "weights": weights(pl_module)}
             if isinstance(strategy, StaleSyncStrategy):
-                self.state["server"] = strategy._require_client().snapshot()
-                self.state["optimizers"] = [strategy.optimizer_state_of(i) for i, _ in enumerate(strategy.optimizers)]
+                self.state["server"] = strategy._update.state_dict()
+                self.state["optimizers"] = [strategy._update.state_of(i) for i, _ in enumerate(strategy.optimizers)]
             else:
                 states = [optimizer.state_dict() for optimizer in strategy.optimizers]
                 self.state["optimizers"] = copy.deepcopy(states)

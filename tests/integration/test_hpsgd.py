@@ -22,8 +22,6 @@ from torch import Tensor, nn
 
 from lightning_stale import HPSGDStrategy, StalenessMonitor, StragglerInjection
 from lightning_stale.averaging import reducer
-from lightning_stale.strategies import peers
-from lightning_stale.strategies.hpsgd import CHECKPOINT_KEY
 from tests.integration import test_bad_input, test_checkpoints, test_failures, test_features, test_invariants
 from tests.integration.harness import run_script, run_workers, workers
 from tests.integration.models import (
@@ -227,7 +225,7 @@ class RoundsSeen(L.Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == STEPS - 1:
             self.trained = weights(pl_module)
-            self.rounds = trainer.strategy._rounds.statistics.rounds
+            self.rounds = trainer.strategy._update.statistics.rounds
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self.validated = weights(pl_module)
@@ -372,12 +370,12 @@ def test_a_checkpoint_resumes_with_the_same_and_another_number_of_workers_and_un
     for saved in (end, after):
         assert_same(saved["state_dict"], ended["weights"])
         assert_equal(saved["optimizer_states"], [ended["optimizer"]])
-        assert saved[CHECKPOINT_KEY] == {"outer": None}
+        assert saved["lightning_stale_hpsgd"] == {"outer": None}
     assert (middle["global_step"], end["global_step"]) == (6, test_checkpoints.BATCHES)
     for name in ("weights", "after_weights"):
         alone = torch.load(tmp_path / f"{name}.ckpt", weights_only=True)
         assert_same(alone["state_dict"], ended["weights"])
-        assert not alone.keys() & {"optimizer_states", CHECKPOINT_KEY}
+        assert not alone.keys() & {"optimizer_states", "lightning_stale_hpsgd"}
     plain = test_checkpoints.Model.load_from_checkpoint(tmp_path / "end.ckpt", optimizer="SGD")
     assert_same(weights(plain), ended["weights"])
 
@@ -415,7 +413,7 @@ def split_run(rank: int, folder: Path) -> dict[str, dict[str, Tensor]]:
     results["split"] = fit(2, folder / "end.ckpt")
     if rank == 0:
         checkpoint = torch.load(folder / "end.ckpt", weights_only=False)
-        torch.save({k: v for k, v in checkpoint.items() if k != CHECKPOINT_KEY}, folder / "without.ckpt")
+        torch.save({k: v for k, v in checkpoint.items() if k != "lightning_stale_hpsgd"}, folder / "without.ckpt")
     torch.distributed.barrier()
     results["without"] = fit(2, folder / "without.ckpt")
     return results
@@ -426,7 +424,7 @@ def test_the_outer_optimizer_is_saved_and_restored(tmp_path: Path) -> None:
     for results in run_workers(split_run, 2, tmp_path, tmp_path):
         assert_same(results["whole"], results["split"])
         assert not torch.equal(results["whole"]["net.0.weight"], results["without"]["net.0.weight"])
-    outer = torch.load(tmp_path / "end.ckpt", weights_only=True)[CHECKPOINT_KEY]["outer"]
+    outer = torch.load(tmp_path / "end.ckpt", weights_only=True)["lightning_stale_hpsgd"]["outer"]
     assert [state["momentum_buffer"].shape for state in outer["state"].values()] == [(16, 8), (16,), (1, 16), (1,)]
     assert outer["param_groups"][0]["lr"] == 0.7
 
@@ -435,7 +433,6 @@ def test_the_outer_optimizer_is_saved_and_restored(tmp_path: Path) -> None:
 
 
 def train(rank: int, *args: Any, **options: Any) -> None:
-    peers._PATIENCE_S = 6.0
     test_failures.train(rank, *args, **options)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from pathlib import Path
@@ -12,12 +11,12 @@ import pytest
 from torch import Tensor
 
 from lightning_stale import DSPStrategy, HPSGDStrategy
-from lightning_stale.strategies import peers
-from tests.integration.harness import signal_test, workers
+from lightning_stale.transport import wire
+from tests.integration.harness import marked, signal_test, workers
 from tests.integration.models import trainer
 from tests.unit.pipeline.networks import Chain, batches
 
-PATIENCE_S = 2.0
+PATIENCE_S = 2
 STEPS = 300
 STRATEGIES = {"dsp": lambda: DSPStrategy(split=[3]), "hpsgd": lambda: HPSGDStrategy(interval=1)}
 
@@ -33,7 +32,7 @@ class UnderWay(Chain):
 
 
 def train(rank: int, strategy: str, folder: str) -> int:
-    peers._PATIENCE_S = PATIENCE_S
+    wire.HEARTBEAT_MS, wire.HEARTBEAT_TIMEOUT_MS = 500, PATIENCE_S * 1_000  # of this rank's; the coordinator has more
     model = UnderWay()
     model.folder = folder
     t = trainer(2, STRATEGIES[strategy](), max_epochs=1, use_distributed_sampler=False)
@@ -45,9 +44,11 @@ def train(rank: int, strategy: str, folder: str) -> int:
 def test_nobody_is_taken_for_dead_after_a_suspension(strategy: str, tmp_path: Path) -> None:
     with workers(train, 2, tmp_path, strategy, str(tmp_path)) as group:
         group.wait_for("under-way")
+        everybody = marked(group.mark, groups=[group.pid(rank) for rank in range(2)])
+        assert any("lightning_stale.coordinator" in process.cmdline() for process in everybody)
         for number in (signal.SIGSTOP, signal.SIGCONT):
-            for rank in range(2):
-                os.kill(group.pid(rank), number)
+            for process in everybody:
+                process.send_signal(number)
             if number == signal.SIGSTOP:
                 time.sleep(2 * PATIENCE_S)
         ended = group.join(timeout=60)

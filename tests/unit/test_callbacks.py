@@ -244,7 +244,7 @@ def test_the_monitor_logs_the_last_ok(clock: SimpleNamespace, prog_bar: bool) ->
     assert module.calls == [], "there was no OK yet"
 
     release = Release(version=9, clock=4, lead=2, staleness=3, wait_s=0.5, compute_s=1.5)
-    strategy._client = SimpleNamespace(last_release=release)  # type: ignore[assignment]
+    strategy._update._client = SimpleNamespace(last_release=release)  # type: ignore[assignment]
     monitor.on_train_batch_start(trainer, module, batch, 1)  # type: ignore[arg-type]
     clock.now += 2.0
     monitor.on_train_batch_end(trainer, module, None, batch, 1)  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from lightning_stale.strategies.checks import (
     check_trainer,
     check_validation_batches,
 )
-from lightning_stale.strategies.twin import TwinPackageError, refuse_environment
+from lightning_stale.strategies.wrong_package import TwinPackageError, refuse_environment
 
 
 def trainer(tmp_path: Path, **options: Any) -> Trainer:

@@ -14,7 +14,9 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch import Tensor, nn
 
-from lightning_stale.strategies.exchange import Exchange, unique_parameters
+from lightning_stale.strategies.clipping import clipping_with
+from lightning_stale.strategies.updates.exchange import Exchange
+from lightning_stale.strategies.updates.update import unique_parameters
 from lightning_stale.transport.layout import Layout
 
 
@@ -57,26 +59,24 @@ class Setup:
         self.parameters = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, 2))]
         self.optimizers = (make or (lambda p: [torch.optim.SGD(p, lr=0.5)]))(self.parameters)
         self.client = FakeClient(unique_parameters(self.optimizers))
-        self.precision = Precision()
         self.guarded = 0
         self.exchange = Exchange(
             self.client,  # type: ignore[arg-type]
             {id(parameter): f"layer{i}.weight" for i, parameter in enumerate(self.parameters)},
             self.optimizers,
             torch.device("cpu"),
-            self.precision,
-            averages=averages,
             alone=alone,
             whole=whole,
             guard=self._guard,
         )
+        self.precision = clipping_with(Precision(), self.exchange.note_clipping) if averages else Precision()
 
     def _guard(self, call: Callable[[], Any]) -> Any:
         self.guarded += 1
         return call()
 
-    def backward(self, factor: float = 1.0, places: Sequence[int] = (0, 1)) -> Tensor:
-        loss = sum(factor * (place + 1) * self.parameters[place].sum() for place in places)
+    def backward(self, factor: float = 1.0, indices: Sequence[int] = (0, 1)) -> Tensor:
+        loss = sum(factor * (index + 1) * self.parameters[index].sum() for index in indices)
         assert isinstance(loss, Tensor)
         loss.backward()
         return loss
@@ -138,7 +138,7 @@ def test_gradients_accumulate_over_backwards_until_zeroed() -> None:
 
 def test_unused_parameters_are_marked() -> None:
     setup = Setup()
-    setup.backward(places=[1])
+    setup.backward(indices=[1])
     setup.optimizers[0].step()
     assert pushed(setup) == [None, 2.0]
 
@@ -253,7 +253,6 @@ def test_release_gives_everything_back(averages: bool) -> None:
     setup.optimizers[0].step()
     setup.client.weights[0].fill_(7.0)
     setup.exchange.release()
-    assert "clip_gradients" not in vars(setup.precision)
     setup.client.buffer.zero_()
     assert (setup.parameters[0] == 7.0).all(), "the model still lives in the client's memory"
     assert all(parameter.grad is None for parameter in setup.parameters)
@@ -342,7 +341,7 @@ def test_a_graph_over_other_weights_than_those_of_the_step_lives_on_and_they_com
 
     setup = Setup(whole=False, make=make)
     later = (setup.parameters[1] ** 2).sum()
-    setup.backward(places=[0])
+    setup.backward(indices=[0])
     setup.optimizers[0].step()
     later.backward()
     assert setup.client.refreshed == 0

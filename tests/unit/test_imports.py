@@ -29,26 +29,20 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "lightning_stale"
 
 LAYERS = [
-    {"private", "failures", "lifeline"},  # leaves
+    {"private", "failures", "lifeline", "topology"},  # leaves
     {"paradigms"},
-    {"coordinator", "transport", "events", "health", "roll_call"},
+    {"coordinator", "transport", "events"},
     {"parameter_server", "averaging", "pipeline", "launchers"},
     {"strategies", "callbacks"},
 ]
 """From below. A package may import those of layers below its own; of its own layer, those that SIBLINGS names."""
 
 SIBLINGS: dict[tuple[str, str], str] = {
-    ("roll_call", "health"): "to wait for as long as all ranks live is a question of their health",
     ("coordinator", "transport"): "the loop around the state machine and its clients send messages (it does not: PURE)",
     ("coordinator", "events"): "the state machine records what it decides",
     ("callbacks", "strategies"): "a callback reads a strategy's summary and changes its paradigm",
 }
-CYCLE_EXCEPTIONS: dict[tuple[str, str], str] = {
-    ("strategies.alike", "strategies.replica"): "temporary, is being moved: for type checking",
-    ("strategies.meeting", "strategies.base"): "temporary, is being moved: for type checking",
-    ("strategies.twin", "strategies"): "temporary, is being moved: asked for when a strategy of the other Lightning is",
-    ("strategies.twin", "strategies.base"): "temporary, is being moved: likewise",
-}
+CYCLE_EXCEPTIONS: dict[tuple[str, str], str] = {}
 """Imports that are left out when cycles are looked for."""
 
 NO_TORCH = {"paradigms", "coordinator", "events"}
@@ -91,31 +85,14 @@ NAMED_TUPLES = {"_make", "_fields", "_replace", "_asdict", "_field_defaults"}  #
 MADE_BY_METACLASSES = {"_abc_impl", "_is_protocol", "_backward_cls"}
 
 _SEAM = "Lightning's only seam for a strategy's launcher"
-_STRATEGIES = "temporary: is being moved with the strategies"
-_AVERAGING = "temporary: one kernel for all parameters, to be moved to private/of_torch.py with HPSGD"
+_MODEL_SEAM = "Lightning's seam for what a strategy does to the model before its optimizers are made"
 _SERVER = "temporary: is being moved with the parameter server"
 PRIVATE_EXCEPTIONS: dict[tuple[str, str], str] = {
     ("strategies.base", "StaleStrategy._configure_launcher"): _SEAM,
     ("strategies.base", "super()._configure_launcher"): _SEAM,
-    ("strategies.base", "self._start_method"): _STRATEGIES,
-    ("strategies.base", "module._trainer"): _STRATEGIES,
-    ("strategies.base", "self._layer_sync"): _STRATEGIES,
-    ("strategies.binding", "parameter._version"): _STRATEGIES,
-    ("strategies.buffers", "parameter._version"): _STRATEGIES,
-    ("strategies.buffers", "self.parameter._version"): _STRATEGIES,
-    ("strategies.buffers", "nn.modules.batchnorm._NormBase"): _STRATEGIES,
-    ("strategies.checks", "nn.modules.batchnorm._BatchNorm"): _STRATEGIES,
-    ("strategies.dsp", "self._lightning_optimizers"): _STRATEGIES,
-    ("strategies.dsp", "optimizer._optimizer"): _STRATEGIES,
-    ("strategies.exchange", "step._wrapped_by_lr_sched"): _STRATEGIES,
-    ("strategies.exchange", "optimizer._step_supports_amp_scaling"): _STRATEGIES,
-    ("strategies.exchange", "'_optimizer'"): _STRATEGIES,
-    ("strategies.stale_sync", "optimizer._optimizer"): _STRATEGIES,
-    ("strategies.whole_model", "torch.utils._pytree.tree_map"): _STRATEGIES,
-    ("strategies.whole_model", "optimizer._optimizer"): _STRATEGIES,
-    ("strategies.whole_model", "module._trainer"): _STRATEGIES,
-    ("averaging.replica", "torch._foreach_sub_"): _AVERAGING,
-    ("averaging.replica", "torch._foreach_copy_"): _AVERAGING,
+    ("strategies.base", "StaleStrategy._setup_model"): _MODEL_SEAM,
+    ("strategies.dsp", "DSPStrategy._setup_model"): _MODEL_SEAM,
+    ("strategies.dsp", "super()._setup_model"): _MODEL_SEAM,
     ("parameter_server.pickling", "'_optimizer_step_pre_hooks'"): _SERVER,
     ("parameter_server.pickling", "'_optimizer_step_post_hooks'"): _SERVER,
 }

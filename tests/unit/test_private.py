@@ -16,6 +16,7 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
+from lightning_stale import HPSGDStrategy
 from lightning_stale.private import of_lightning, of_torch
 from tests.integration.models import Regression, loader
 
@@ -175,7 +176,7 @@ def test_skips_backward(trainer: Trainer) -> None:
 
 
 def test_ddp_has_what_the_strategy_overrides() -> None:
-    for name in ("_configure_launcher", "configure_ddp", "setup_environment", "reduce", "teardown", "_layer_sync"):
+    for name in ("_configure_launcher", "_setup_model", "setup_environment", "reduce", "teardown", "_layer_sync"):
         assert hasattr(DDPStrategy(), name), name
 
 
@@ -239,3 +240,50 @@ def test_a_loop_without_the_seam_is_an_error_that_says_so(trainer: Trainer, monk
     monkeypatch.delattr(_TrainingEpochLoop, "_on_before_fetch")
     with pytest.raises(of_lightning.LightningChangedError, match=r"_TrainingEpochLoop\._on_before_fetch is gone"):
         of_lightning.before_fetching(trainer, lambda: None)
+
+
+def test_trainer_of(trainer: Trainer) -> None:
+    module = BoringModel()
+    assert of_lightning.trainer_of(module) is None
+    module.trainer = trainer
+    assert of_lightning.trainer_of(module) is trainer
+
+
+@pytest.mark.parametrize("synchronizes", [True, False])
+def test_synchronizes_batch_norm(synchronizes: bool, tmp_path: Path) -> None:
+    trainer = Trainer(
+        accelerator="cpu", strategy="dssp", sync_batchnorm=synchronizes, logger=False, default_root_dir=tmp_path
+    )
+    assert of_lightning.synchronizes_batch_norm(trainer.strategy) is synchronizes
+
+
+def test_what_is_replaced_on_one_object_comes_back(trainer: Trainer) -> None:
+    loop = trainer.validate_loop
+    undo = of_lightning.replace(loop, "run", lambda: 3)
+    assert loop.run() == 3
+    assert "run" not in vars(trainer.test_loop)
+    undo()
+    assert loop.run.__func__ is type(loop).run
+
+
+def test_lightning_asks_the_strategy_for_what_becomes_of_the_model_before_optimizers_are_made(tmp_path: Path) -> None:
+    """So the model need not be wrapped, and DDP's own set-up is left out."""
+    calls: list[str] = []
+
+    class Watching(BoringModel):
+        def configure_optimizers(self) -> Any:
+            calls.append("optimizers")
+            return super().configure_optimizers()
+
+    class Strategy(HPSGDStrategy):
+        def _setup_model(self, model: torch.nn.Module) -> torch.nn.Module:
+            calls.append("model")
+            return super()._setup_model(model)
+
+    trainer = Trainer(
+        accelerator="cpu", strategy=Strategy(), devices=1, fast_dev_run=1, logger=False, default_root_dir=tmp_path
+    )
+    trainer.fit(Watching())
+    assert calls == ["model", "optimizers"]
+    trainer.validate(Watching(), verbose=False)
+    assert calls == ["model", "optimizers", "model"]

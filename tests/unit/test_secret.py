@@ -170,6 +170,30 @@ def test_the_store_learns_no_secret(folder: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
+def test_where_all_is_open_anyway_several_hosts_need_no_secret(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = HashStore()
+
+    def on_host(rank: int, nodes: int = 2) -> Introduction:
+        return Introduction(store, "run", rank, others=1, nodes=nodes, open_to_all=True)
+
+    offered = on_host(0).offer(lambda _: ENDPOINT)
+    assert on_host(1).accept() == offered
+    assert not folder.exists()
+    with pytest.raises(SecretError, match="rank 0 has a LIGHTNING_STALE_SECRET and rank 1 has none"):
+        introduce(store, 1).accept()
+    monkeypatch.setenv(secret.VARIABLE, "x" * 32)  # who has one is closed to all others
+    closed = on_host(0).offer(lambda _: ENDPOINT)
+    assert closed[1] != offered[1]
+    assert on_host(1).accept() == closed
+    monkeypatch.delenv(secret.VARIABLE)
+    with pytest.raises(SecretError, match="rank 1 does not have the secret of rank 0"):
+        on_host(1).accept()
+    one = on_host(0, nodes=1)
+    one.offer(lambda _: ENDPOINT)
+    assert len(list(folder.iterdir())) == 1, "on one host a file keeps others out"
+    one.close()
+
+
 def test_what_somebody_else_writes_into_the_store_is_refused() -> None:
     store = HashStore()
     introduce(store, 0).offer(lambda _: ENDPOINT)

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_stale import StaleSyncStrategy
 from lightning_stale.failures import FailureKind, RunFailedError
+from lightning_stale.strategies.updates.server_control import ServerControl
 
 BROKEN = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:4711"
 
@@ -33,11 +34,11 @@ class Client:
 
 def make(kind: FailureKind, text: str) -> Any:
     strategy: Any = StaleSyncStrategy()
-    strategy._client = Client(RunFailedError(kind, text))
+    strategy._others.join(ServerControl(Client(RunFailedError(kind, text)), lambda _: None))  # type: ignore[arg-type]
     trainer = SimpleNamespace(
         _signal_connector=SimpleNamespace(received_sigterm=False), received_sigterm=False, interrupted=True
     )
-    strategy._lightning_module = SimpleNamespace(trainer=trainer)
+    strategy._lightning_module = SimpleNamespace(trainer=trainer, _trainer=trainer)
     return strategy
 
 
@@ -58,7 +59,7 @@ def test_an_error_is_reported_with_what_happened_before() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "raised"), [("error", RuntimeError), ("sigterm", SIGTERMException), ("interrupt", KeyboardInterrupt)]
+    ("kind", "raised"), [("error", RunFailedError), ("sigterm", SIGTERMException), ("interrupt", KeyboardInterrupt)]
 )
 def test_a_collective_that_breaks_because_of_a_signal_ends_this_rank_as_the_signal_does(
     kind: FailureKind, raised: type[BaseException], monkeypatch: pytest.MonkeyPatch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from omegaconf import OmegaConf
 
 from lightning_stale import ASP, BSP, DSSP, SSP, StaleSyncStrategy, ThresholdSchedule
 from lightning_stale.paradigms import Paradigm
+from lightning_stale.strategies.other_ranks import OtherRanks
 
 MODULE: Any = None
 MILESTONES = {2: {"threshold": 8}, 5: {"threshold": 1}}
@@ -231,10 +233,16 @@ def test_set_thresholds_leaves_the_users_own_paradigm_alone() -> None:
     assert (paradigm.threshold, strategy.paradigm.thresholds) == (3, {"threshold": 5})
 
 
+def connect(strategy: StaleSyncStrategy, set_thresholds: Callable[[Any], None]) -> None:
+    update: Any = strategy._update
+    update._client = SimpleNamespace(set_thresholds=set_thresholds)
+    update._training = SimpleNamespace(others=OtherRanks(strategy._require_trainer))
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_only_rank_0_tells_the_server(rank: int) -> None:
     strategy, told = StaleSyncStrategy(paradigm=DSSP(1, 5)), []
-    strategy._client = SimpleNamespace(set_thresholds=told.append)  # type: ignore[assignment]
+    connect(strategy, told.append)
     strategy.cluster_environment = SimpleNamespace(global_rank=lambda: rank)  # type: ignore[assignment]
     strategy.set_thresholds(upper=9)
     assert told == ([{"upper": 9}] if rank == 0 else [])
@@ -249,7 +257,7 @@ def test_what_the_server_refuses_changes_nothing() -> None:
         raise ValueError("no")
 
     strategy = StaleSyncStrategy(paradigm=SSP(1))
-    strategy._client = SimpleNamespace(set_thresholds=refuse)  # type: ignore[assignment]
+    connect(strategy, refuse)
     with pytest.raises(ValueError, match="no"):
         strategy.set_thresholds(threshold=4)
     assert strategy.paradigm.thresholds == {"threshold": 1}

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from lightning_stale.averaging.merge import MERGES
 from lightning_stale.averaging.rounds import Interval, Rounds
+from lightning_stale.events import Event
+from lightning_stale.events.averaging import AveragingCounts
 from tests.unit.averaging import reference
 from tests.unit.averaging.simulation import SimulatedReducer, Simulation
 
@@ -47,9 +49,15 @@ class Replica:
 
 
 def make_rounds(
-    parameters: list[Tensor], reducer: SimulatedReducer, size: int, interval: Interval, merge: str, outer: Any = None
+    parameters: list[Tensor],
+    reducer: SimulatedReducer,
+    size: int,
+    interval: Interval,
+    merge: str,
+    outer: Any = None,
+    record: Callable[[Event], None] = lambda event: None,
 ) -> Rounds:
-    return Rounds(parameters, reducer, size, interval, MERGES[merge], outer)
+    return Rounds(parameters, reducer, size, interval, MERGES[merge], outer, record)
 
 
 def copies(parameters: list[Tensor]) -> list[Tensor]:
@@ -83,14 +91,15 @@ def train_fixed(
 
     def program(rank: int, reducer: SimulatedReducer) -> list[Tensor]:
         replica = make(rank)
-        rounds = make_rounds(replica.parameters, reducer, size, interval, merge, outer)
+        counts = AveragingCounts()
+        rounds = make_rounds(replica.parameters, reducer, size, interval, merge, outer, counts.note)
         for number in range(steps):
             replica.step(number)
             rounds.after_step()
             if number + 1 in flushes:
                 rounds.flush()
         rounds.flush()
-        assert rounds.statistics.steps == steps
+        assert counts.steps == steps
         return copies(replica.parameters)
 
     simulation = Simulation(size, seed=steps)
@@ -315,16 +324,17 @@ def test_ranks_that_come_to_the_flush_in_different_rounds_finish_it_together() -
 # --- what is counted --------------------------------------------------------------------------------------------------
 
 
-def test_statistics() -> None:
+def test_counts() -> None:
     def program(rank: int, reducer: SimulatedReducer) -> Any:
         replica = Replica(rank)
-        rounds = make_rounds(replica.parameters, reducer, 2, 2, "hpsgd")
+        counts = AveragingCounts()
+        rounds = make_rounds(replica.parameters, reducer, 2, 2, "hpsgd", record=counts.note)
         for number in range(5):
             replica.step(number)
             rounds.after_step()
-        before = rounds.statistics.rounds
+        before = counts.rounds
         rounds.flush()
-        return before, rounds.statistics
+        return before, counts
 
     for before, after in Simulation(2, seed=2).run(program):
         assert before == 1  # two sums launched after steps 2 and 4, the first has arrived

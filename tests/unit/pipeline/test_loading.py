@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_stale import DSPStrategy
 from lightning_stale.private import of_lightning
-from lightning_stale.strategies.alike import Alike
+from lightning_stale.strategies.same_batches import SameBatches
 from tests.integration.models import assert_same, trainer, weights
 from tests.unit.pipeline.networks import Chain, batches
 
@@ -151,7 +151,7 @@ class Rank:
 def compare(batches: list[Any], inputs: list[Any], draws: tuple[int, int] = (0, 0)) -> None:
     told = []
     for rank in (0, 1):
-        alike = Alike(Rank(rank))  # type: ignore[arg-type]
+        alike = SameBatches(Rank(rank))  # type: ignore[arg-type]
         torch.manual_seed(0)
         torch.rand(draws[rank])
         alike.note_batch(batches[rank])
@@ -188,7 +188,7 @@ def test_ranks_that_have_seen_something_else_are_told(batches: Any, inputs: Any,
 
 
 def test_a_gpu_is_asked_for_inputs_now_and_then_only_and_else_draws_decide() -> None:
-    ranks = [Alike(Rank(rank)) for rank in (0, 1)]  # type: ignore[arg-type]
+    ranks = [SameBatches(Rank(rank)) for rank in (0, 1)]  # type: ignore[arg-type]
     noticed = []
     for batch in range(100):
         told = []

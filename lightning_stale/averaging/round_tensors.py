@@ -1,4 +1,4 @@
-"""The local model beside flat tensors, one set per data type, so that a round is a few large operations."""
+"""What a round keeps beside the local model: flat tensors per data type, so that it is a few large operations."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_stale.averaging.merge import Merge
+from lightning_stale.private import of_torch
 
 
 @dataclass
@@ -20,8 +21,8 @@ class Buffer:
     """Views of ``flat``, of the parameters' shapes."""
 
 
-class Replica:
-    """All parameters of one data type, and what a round keeps of them.
+class RoundTensors:
+    """All parameters of one data type, the replica ``x``, and what a round keeps of them.
 
     Nothing is allocated after this: on two cores, the page faults of fresh tensors took as long as the sums.
 
@@ -41,16 +42,16 @@ class Replica:
 
     def take_change(self) -> None:
         """Make ``change`` what the replica has changed by since the launch; ``launched`` is overwritten."""
-        torch._foreach_sub_(self.launched.parts, self.parameters)
+        of_torch.subtract_each(self.launched.parts, self.parameters)
         self.launched, self.change = self.change, self.launched
 
     def go_on(self, merge: Merge | None) -> None:
         """Begin a round, from the merged weights, or from where the replica is (``None``)."""
         if merge is None:
-            torch._foreach_copy_(self.launched.parts, self.parameters)
+            of_torch.copy_each(self.launched.parts, self.parameters)
         else:
             merge(self.weights.flat, self.change.flat, self.launched.flat)
-            torch._foreach_copy_(self.parameters, self.launched.parts)
+            of_torch.copy_each(self.parameters, self.launched.parts)
 
     def _buffer(self) -> Buffer:
         flat = torch.cat([parameter.detach().reshape(-1) for parameter in self.parameters])
@@ -58,9 +59,9 @@ class Replica:
         return Buffer(flat, [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)])
 
 
-def by_type(parameters: Sequence[Tensor]) -> list[Replica]:
-    """Return one :class:`Replica` per data type, over ``parameters`` in their order."""
+def by_type(parameters: Sequence[Tensor]) -> list[RoundTensors]:
+    """Return one :class:`RoundTensors` per data type, over ``parameters`` in their order."""
     types: dict[torch.dtype, list[Tensor]] = {}
     for parameter in parameters:
         types.setdefault(parameter.dtype, []).append(parameter)
-    return [Replica(same) for same in types.values()]
+    return [RoundTensors(same) for same in types.values()]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeVar
 
 import msgpack
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Generator
 from torch.utils.data import DataLoader
@@ -17,20 +18,37 @@ from lightning_stale.pipeline.alike.shared_order import share_order
 from lightning_stale.pipeline.pipeline import Pipeline
 from lightning_stale.private import of_lightning
 
-if TYPE_CHECKING:
-    from lightning_stale.strategies.replica import SingleReplicaStrategy
-
+_T = TypeVar("_T")
 _SELDOM = 50  # a GPU is asked for the body's inputs in each 50th batch: it makes the process wait
 
 
-class Alike:
+class Ranks(Protocol):
+    """As much of a strategy as is asked."""
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks, which are one replica."""
+
+    @property
+    def global_rank(self) -> int:
+        """This one."""
+
+    @property
+    def root_device(self) -> torch.device:
+        """Where it computes."""
+
+    def broadcast(self, obj: _T, src: int = 0) -> _T:
+        """Return rank 0's."""
+
+
+class SameBatches:
     """What the first stage's rank and the last one's must have in common: one uses the features, the other the targets.
 
     Args:
         strategy: of all ranks.
     """
 
-    def __init__(self, strategy: SingleReplicaStrategy) -> None:
+    def __init__(self, strategy: Ranks) -> None:
         self._strategy = strategy
         self._shared = strategy.world_size > 1
         device = strategy.root_device

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -21,12 +21,24 @@ class TwinPackageError(ImportError):
     """A strategy of this package met ``pytorch_lightning`` instead of ``lightning``."""
 
 
-def refuse_twin() -> None:
-    """Make ``pytorch_lightning.Trainer(strategy="dssp")`` say what to import, now or once it is imported."""
+def refuse_wrong_package(names: Iterable[str], strategy: type) -> None:
+    """Make ``pytorch_lightning.Trainer(strategy="dssp")`` say what to import, now or once it is imported.
+
+    Args:
+        names: of all strategies.
+        strategy: the class of them all.
+    """
+
+    def prepare(strategies: ModuleType) -> None:
+        for name in names:
+            strategies.StrategyRegistry.register(name, _refuse, description="of the package `lightning`", override=True)
+        # so that an instance gets as far as `refuse_environment` instead of "invalid strategy name"
+        strategies.Strategy.register(strategy)
+
     if f"{_TWIN}.strategies" in sys.modules:
-        _prepare(sys.modules[f"{_TWIN}.strategies"])
+        prepare(sys.modules[f"{_TWIN}.strategies"])
     elif not any(isinstance(finder, _TwinFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _TwinFinder())
+        sys.meta_path.insert(0, _TwinFinder(prepare))
 
 
 def refuse_environment(environment: object) -> None:
@@ -43,18 +55,11 @@ def _refuse(*_: Any, **__: Any) -> NoReturn:
     raise TwinPackageError(_MESSAGE)
 
 
-def _prepare(strategies: ModuleType) -> None:
-    from lightning_stale.strategies import strategy_names
-    from lightning_stale.strategies.base import StaleStrategy
-
-    for name in strategy_names():
-        strategies.StrategyRegistry.register(name, _refuse, description="of the package `lightning`", override=True)
-    # so that an instance gets as far as `refuse_environment` instead of "invalid strategy name"
-    strategies.Strategy.register(StaleStrategy)
-
-
 class _TwinFinder(importlib.abc.MetaPathFinder):
-    """Calls :func:`_prepare` when the twin's strategies are imported; finds nothing itself."""
+    """Calls ``prepare`` with the twin's strategies when they are imported; finds nothing itself."""
+
+    def __init__(self, prepare: Callable[[ModuleType], None]) -> None:
+        self._prepare = prepare
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -68,7 +73,7 @@ class _TwinFinder(importlib.abc.MetaPathFinder):
 
             def execute_and_prepare(module: ModuleType) -> None:
                 execute(module)
-                _prepare(module)
+                self._prepare(module)
 
             spec.loader.exec_module = execute_and_prepare  # type: ignore[method-assign]
         return spec

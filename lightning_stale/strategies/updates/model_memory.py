@@ -11,9 +11,10 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_stale.parameter_server.client import ParameterClient
+from lightning_stale.private import of_torch
 
 
-class Binding(ABC):
+class ModelMemory(ABC):
     """Moves gradients into the client's buffer, and its weights into the model.
 
     Args:
@@ -30,35 +31,35 @@ class Binding(ABC):
         self._warned = False
         self._versions: list[int] = []
 
-    def collect(self, places: Sequence[int]) -> list[bool]:
-        """Have the gradients of the parameters at ``places`` in the client's buffer; return which exist."""
+    def collect(self, indices: Sequence[int]) -> list[bool]:
+        """Have the gradients of the parameters at ``indices`` in the client's buffer; return which exist."""
         self.look_for_changes()
-        return self._collect(places)
+        return self._collect(indices)
 
-    def spread(self, places: Sequence[int] | None = None) -> None:
-        """Have the client's weights at ``places`` (all by default) in the model.
+    def spread(self, indices: Sequence[int] | None = None) -> None:
+        """Have the client's weights at ``indices`` (all by default) in the model.
 
         To autograd, that is a change in place, as a step of a plain optimizer is: a graph that needs the values from
         before raises in its backward pass, and does not mix them with the new ones.
         """
-        self._spread(range(len(self._parameters)) if places is None else places)
+        self._spread(range(len(self._parameters)) if indices is None else indices)
         self.remember()
 
     def remember(self) -> None:
         """Take the weights as they are for those of the server."""
-        self._versions = [parameter._version for parameter in self._parameters]
+        self._versions = of_torch.versions_of(self._parameters)
 
     @abstractmethod
     def release(self) -> None:
         """Let go of the client's buffers; the model keeps its weights."""
 
     @abstractmethod
-    def _collect(self, places: Sequence[int]) -> list[bool]: ...
+    def _collect(self, indices: Sequence[int]) -> list[bool]: ...
 
     @abstractmethod
-    def _spread(self, places: Iterable[int]) -> None: ...
+    def _spread(self, indices: Iterable[int]) -> None: ...
 
-    def _is_replaced(self, place: int) -> bool:
+    def _is_replaced(self, index: int) -> bool:
         """Whether the parameter's memory is no longer that which was bound (``parameter.data = ...``)."""
         return False
 
@@ -66,33 +67,34 @@ class Binding(ABC):
     def look_for_changes(self) -> None:
         """Find weights that somebody has changed since the last pull, other than the optimizer; before the next one."""
         changed = []
-        for place, (parameter, version) in enumerate(zip(self._parameters, self._versions, strict=True)):
-            if parameter._version == version and not self._is_replaced(place):
+        now = of_torch.versions_of(self._parameters)
+        for index, (parameter, version) in enumerate(zip(self._parameters, self._versions, strict=True)):
+            if now[index] == version and not self._is_replaced(index):
                 continue
             if self._alone:
-                self._client.weights[place].copy_(parameter)
-                changed.append(place)
+                self._client.weights[index].copy_(parameter)
+                changed.append(index)
             elif not self._warned:
                 self._warned = True
                 rank_zero_warn(
-                    f"{self._names[place]} was changed outside of the optimizer, and the parameter server, where the "
+                    f"{self._names[index]} was changed outside of the optimizer, and the parameter server, where the "
                     "weights are, does not know: the change is lost at the next pull. Make it in the optimizer, "
                     "e.g. in the step of a subclass."
                 )
         if changed:
             self._client.tell_changes(changed)
 
-    def _gradient(self, place: int) -> Tensor | None:
-        gradient = self._parameters[place].grad
+    def _gradient(self, index: int) -> Tensor | None:
+        gradient = self._parameters[index].grad
         if gradient is not None and gradient.layout != torch.strided:
             raise MisconfigurationException(
-                f"{self._names[place]} has a sparse gradient, which cannot be pushed: write Embedding(sparse=False), "
+                f"{self._names[index]} has a sparse gradient, which cannot be pushed: write Embedding(sparse=False), "
                 "or make the gradient dense"
             )
         return gradient
 
 
-class SharedBinding(Binding):
+class SharedModelMemory(ModelMemory):
     """CPU: the model's parameters *are* the client's weights, and gradients are put straight into its buffer.
 
     The server writes new weights only while the worker waits for its OK or pulls, and only those that it asks for, so
@@ -107,29 +109,29 @@ class SharedBinding(Binding):
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(_PutInto(gradient)))  # type: ignore[no-untyped-call]
         self.spread()
 
-    def _collect(self, places: Sequence[int]) -> list[bool]:
+    def _collect(self, indices: Sequence[int]) -> list[bool]:
         used = []
-        for place in places:
-            gradient = self._gradient(place)
+        for index in indices:
+            gradient = self._gradient(index)
             used.append(gradient is not None)
-            if gradient is not None and gradient.data_ptr() != self._client.gradients[place].data_ptr():
-                self._client.gradients[place].copy_(gradient.detach())
+            if gradient is not None and gradient.data_ptr() != self._client.gradients[index].data_ptr():
+                self._client.gradients[index].copy_(gradient.detach())
         return used
 
-    def _spread(self, places: Iterable[int]) -> None:
-        for place in places:
-            if self._is_replaced(place):
-                self._parameters[place].data = self._client.weights[place]
-        torch.autograd.graph.increment_version([self._parameters[place] for place in places])
+    def _spread(self, indices: Iterable[int]) -> None:
+        for index in indices:
+            if self._is_replaced(index):
+                self._parameters[index].data = self._client.weights[index]
+        torch.autograd.graph.increment_version([self._parameters[index] for index in indices])
 
-    def _is_replaced(self, place: int) -> bool:
-        return self._parameters[place].data_ptr() != self._client.weights[place].data_ptr()
+    def _is_replaced(self, index: int) -> bool:
+        return self._parameters[index].data_ptr() != self._client.weights[index].data_ptr()
 
     def release(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        for place, parameter in enumerate(self._parameters):
-            if not self._is_replaced(place):
+        for index, parameter in enumerate(self._parameters):
+            if not self._is_replaced(index):
                 parameter.data = parameter.data.clone()
             parameter.grad = None
 
@@ -150,7 +152,7 @@ class _PutInto:
             parameter.grad = self._view
 
 
-class StagedBinding(Binding):
+class StagedModelMemory(ModelMemory):
     """CUDA: the client's buffers are pinned, and copies run on a stream of their own."""
 
     def __init__(
@@ -161,24 +163,24 @@ class StagedBinding(Binding):
         self._pinned = _pin(client.buffer)
         self.spread()
 
-    def _collect(self, places: Sequence[int]) -> list[bool]:
+    def _collect(self, indices: Sequence[int]) -> list[bool]:
         used = []
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
-            for place in places:
-                gradient = self._gradient(place)
+            for index in indices:
+                gradient = self._gradient(index)
                 used.append(gradient is not None)
                 if gradient is not None:
-                    self._client.gradients[place].copy_(gradient.detach(), non_blocking=True)
+                    self._client.gradients[index].copy_(gradient.detach(), non_blocking=True)
         self._stream.synchronize()
         return used
 
     @torch.no_grad()
-    def _spread(self, places: Iterable[int]) -> None:
+    def _spread(self, indices: Iterable[int]) -> None:
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
-            for place in places:
-                self._parameters[place].copy_(self._client.weights[place], non_blocking=True)
+            for index in indices:
+                self._parameters[index].copy_(self._client.weights[index], non_blocking=True)
         self._stream.synchronize()  # the server may write the buffer again as soon as this worker calls
 
     def release(self) -> None:

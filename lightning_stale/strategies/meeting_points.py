@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_stale.strategies.checks import check_validation_batches
-from lightning_stale.strategies.identity import TrainedParameters
+from lightning_stale.strategies.trained_parameters import TrainedParameters
 
-if TYPE_CHECKING:
-    from lightning_stale.strategies.base import StaleStrategy
+
+class Meets(Protocol):
+    """As much of a strategy as is called."""
+
+    def meet(self, place: str) -> None:
+        """Wait until all ranks are at ``place``."""
+
+    def after_batch(self) -> None:
+        """A training batch is over."""
+
+    def report(self, exception: BaseException) -> None:
+        """Tell the other ranks that this one fails."""
 
 
 class MeetingPoints(Callback):
@@ -21,7 +31,7 @@ class MeetingPoints(Callback):
     Checkpoints are a meeting point too, in ``StaleStrategy.lightning_module_state_dict``.
     """
 
-    def __init__(self, strategy: StaleStrategy) -> None:
+    def __init__(self, strategy: Meets) -> None:
         self._strategy = strategy
         self._trained: TrainedParameters | None = None
 

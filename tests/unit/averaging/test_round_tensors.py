@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_stale.averaging.merge import MERGES, Merge, cocod, hpsgd
-from lightning_stale.averaging.replica import by_type
+from lightning_stale.averaging.round_tensors import by_type
 
 
 def test_one_flat_tensor_per_type_in_the_order_of_the_parameters() -> None:

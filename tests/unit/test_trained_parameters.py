@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from lightning_stale import DSPStrategy
-from lightning_stale.strategies.identity import TrainedParameters
+from lightning_stale.strategies.trained_parameters import TrainedParameters
 from tests.integration.models import trainer
 from tests.unit.pipeline.networks import Chain, batches
 

@@ -1,0 +1,69 @@
+"""Tell a parameter server what it serves: the weights and optimizers of a training that is about to start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lightning_stale.paradigms import Paradigm
+from lightning_stale.parameter_server.apply import ApplyRule
+from lightning_stale.parameter_server.client import Transport
+from lightning_stale.parameter_server.process import ServerProcess
+from lightning_stale.strategies.updates.update import Training, unique_parameters
+from lightning_stale.transport import address, memory
+from lightning_stale.transport.credentials import Credentials
+from lightning_stale.transport.endpoint import Endpoint
+from lightning_stale.transport.layout import Layout
+
+
+def serve_weights(
+    process: ServerProcess,
+    credentials: Credentials,
+    training: Training,
+    paradigm: Paradigm,
+    transport: Transport,
+    apply: ApplyRule,
+    snapshot: Mapping[str, Any] | None,
+) -> Endpoint:
+    """Let ``process`` serve, and return where it is.
+
+    Args:
+        process: the server's.
+        credentials: of the run.
+        training: with the initial weights, and the optimizers with the state to start from.
+        paradigm: the gate.
+        transport: of the workers, as in ``StaleSyncStrategy``.
+        apply: how a gradient is used.
+        snapshot: the clocks of a checkpoint.
+    """
+    topology, parameters = training.topology, unique_parameters(training.optimizers)
+    layout = Layout.of(parameters)
+    shares_memory = transport != "tcp" and memory.supported()
+    host, reached_at = address.choose(training.main_address, topology.nodes)
+    port = process.serve(
+        parameters,
+        training.optimizers,
+        paradigm,
+        topology.world_size,
+        credentials,
+        host=host,
+        folder=_choose_folder(2 * layout.nbytes * topology.ranks_per_node) if shares_memory else "",
+        local_workers=topology.ranks_per_node if shares_memory else 0,
+        snapshot=snapshot,
+        apply=apply,
+    )
+    return Endpoint(
+        address=f"tcp://{reached_at}:{port}",
+        host_id=memory.host_id(),
+        pid=process.pid,
+        layout=layout.to_message(),
+    )
+
+
+def _choose_folder(nbytes: int) -> str:
+    folder, warning = memory.choose_folder(nbytes)
+    if warning is not None:
+        rank_zero_warn(warning)
+    return folder

@@ -1,0 +1,59 @@
+"""Under a parameter server, the server is where ranks meet, and who knows what has failed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+
+from lightning_stale.coordinator.connection import ServerLostError
+from lightning_stale.failures import FailureKind, RunFailedError
+from lightning_stale.parameter_server.client import ParameterClient
+from lightning_stale.transport.wire import WireError
+
+
+class ServerControl:
+    """A :class:`~lightning_stale.strategies.other_ranks.Control`.
+
+    Args:
+        client: the connection to the server.
+        note_thresholds: called after each meeting with the paradigm's thresholds, the same on all ranks.
+    """
+
+    def __init__(self, client: ParameterClient, note_thresholds: Callable[[Mapping[str, int]], None]) -> None:
+        self._client, self._note_thresholds = client, note_thresholds
+        self._next = ("", "")
+
+    @property
+    def failure(self) -> RunFailedError | None:
+        return self._client.failure
+
+    def check(self, fresh: bool = False) -> None:
+        if fresh:
+            with suppress(ServerLostError, WireError):
+                self._client.summary()  # the server tells a failure before it answers
+        if self._client.failure is not None:
+            raise self._client.failure
+
+    def blame(self) -> None:
+        self.check(fresh=True)
+
+    def come_to(self, place: str, detail: str) -> None:
+        self._next = (place, detail)
+
+    def await_others(self) -> None:
+        self.meet(*self._next)
+
+    def meet(self, place: str, detail: str = "") -> None:
+        """Meet amid a step: weights stay as they are."""
+        self._note_thresholds(self._client.meet(place, detail, pull=False))
+
+    def meet_and_pull(self, place: str, detail: str, timeout_s: float = math.inf) -> None:
+        """Meet, and have the newest weights, which are then the same on all ranks."""
+        self._note_thresholds(self._client.meet(place, detail, timeout_s=timeout_s))
+
+    def fail(self, kind: FailureKind, text: str) -> RunFailedError | None:
+        return self._client.abort(kind, text)
+
+    def close(self, finished: bool) -> None:
+        self._client.close(finished)
