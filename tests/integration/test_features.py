@@ -427,7 +427,20 @@ def test_callbacks_loggers_and_what_follows_fit_equal_the_plain_trainer(tmp_path
     assert logged(tmp_path / "0") == [row for row in without if row.keys() - {"step", "epoch"}]
 
 
-WORKER_KEYS = {"rank", "pushes", "max_lead", "mean_lead", "max_staleness", "mean_staleness", "wait_s", "compute_s"}
+WORKER_KEYS = {
+    *("rank", "pushes", "refused", "max_lead", "mean_lead", "max_staleness", "mean_staleness"),
+    *("wait_s", "compute_s"),
+}
+    "rank",
+    "pushes",
+    "refused",
+    "max_lead",
+    "mean_lead",
+    "max_staleness",
+    "mean_staleness",
+    "wait_s",
+    "compute_s",
+}
 
 
 def test_callbacks_loggers_and_what_follows_fit_with_two_workers(tmp_path: Path) -> None:
