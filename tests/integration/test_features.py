@@ -431,16 +431,6 @@ WORKER_KEYS = {
     *("rank", "pushes", "refused", "max_lead", "mean_lead", "max_staleness", "mean_staleness"),
     *("wait_s", "compute_s"),
 }
-    "rank",
-    "pushes",
-    "refused",
-    "max_lead",
-    "mean_lead",
-    "max_staleness",
-    "mean_staleness",
-    "wait_s",
-    "compute_s",
-}
 
 
 def test_callbacks_loggers_and_what_follows_fit_with_two_workers(tmp_path: Path) -> None:
