@@ -123,6 +123,7 @@ class Coordinator:
                 replies = self._fail(message.kind, f"rank {message.member} {message.text}", now)
                 return [*replies, Aborted(message.member, cause)]
             case Leave():
+                self.membership.finished.add(message.member)
                 return self._remove(message.member, now)
             case Lose():
                 return self._lose(message, now)
@@ -215,7 +216,8 @@ class Coordinator:
         if self.failure is not None:
             return []
         try:
-            met = self.meeting.open(self.membership.awaited)
+            finished = self.membership.finished if self._on_loss == "end" else set()
+            met = self.meeting.open(self.membership.awaited, finished)
         except DifferentPlacesError as error:
             return self._fail("error", str(error), now)
         thresholds = {} if self.paradigm is None else self.paradigm.thresholds

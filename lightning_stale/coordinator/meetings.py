@@ -40,24 +40,31 @@ class Meeting:
         """``rank`` is gone, wherever it was."""
         self._places.pop(rank, None)
 
-    def open(self, awaited: Collection[int]) -> list[int]:
+    def open(self, awaited: Collection[int], finished: Collection[int] = ()) -> list[int]:
         """Return all who have come if these are all who are ``awaited``, and nobody otherwise.
+
+        Args:
+            awaited: who will come.
+            finished: who should have come as well, and has left for good.
 
         Raises:
             DifferentPlacesError: if all have come and the places differ, with all places and details.
         """
         if not self._places or not self._places.keys() >= set(awaited):
             return []
-        if len({place for place, _ in self._places.values()}) > 1:
-            raise DifferentPlacesError(different_places(self._places))
+        if finished or len({place for place, _ in self._places.values()}) > 1:
+            raise DifferentPlacesError(different_places(self._places, finished))
         ranks = sorted(self._places)
         self._places.clear()
         return ranks
 
 
-def different_places(places: Mapping[int, tuple[str, str]]) -> str:
-    """Return what is wrong with ``places`` (place and detail by rank), and the cure."""
-    described = "; ".join(f"rank {rank} is at {place} ({detail})" for rank, (place, detail) in sorted(places.items()))
+def different_places(places: Mapping[int, tuple[str, str]], finished: Collection[int] = ()) -> str:
+    """Return what is wrong with ``places`` (place and detail by rank) and ``finished`` ranks, and the cure."""
+    described = "; ".join(
+        [f"rank {rank} is at {place} ({detail})" for rank, (place, detail) in sorted(places.items())]
+        + [f"rank {rank} has finished" for rank in sorted(finished)]
+    )
     return (
         f"the workers met at different places: {described}. All ranks must come to the same ones: with different "
         "numbers of batches per rank, validate and save at the end of an epoch (val_check_interval=1.0, "

@@ -37,6 +37,8 @@ class Membership:
         self._expected = set(expected)  # and have not joined yet
         self._present: dict[int, Member] = {}
         self._generations = dict.fromkeys(expected, 0)
+        self.finished: set[int] = set()
+        """Who has left by itself, and has not joined anew."""
 
     @property
     def present(self) -> dict[int, Member]:
@@ -64,6 +66,7 @@ class Membership:
         if rank in self._present:
             raise ValueError(f"a second connection for rank {rank}")
         self._expected.discard(rank)
+        self.finished.discard(rank)
         self._generations[rank] += 1
         self._present[rank] = Member(rank, self._generations[rank], process)
         return self._present[rank]

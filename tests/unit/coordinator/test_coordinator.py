@@ -44,6 +44,18 @@ def test_different_places_end_the_run_for_all() -> None:
     assert "rank 0 is at validation (step 4); rank 1 is at the end of fit (step 3)" in replies[0].text  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("leaves_first", [True, False])
+def test_who_is_at_a_meeting_hears_that_another_has_finished(leaves_first: bool) -> None:
+    coordinator = Coordinator(3)
+    started(coordinator, 3)
+    messages: list[m.Message] = [m.Arrive(0, 1, "a checkpoint", "step 9"), m.Leave(1, 1)]
+    for message in reversed(messages) if leaves_first else messages:
+        assert coordinator.handle(message, 1.0) == []
+    replies = coordinator.handle(m.Arrive(2, 1, "a checkpoint", "step 9"), 2.0)
+    assert [(type(reply), reply.member) for reply in replies] == [(m.Failed, 0), (m.Failed, 2)]
+    assert "rank 2 is at a checkpoint (step 9); rank 1 has finished" in replies[0].text  # type: ignore[union-attr]
+
+
 def test_of_several_failures_the_first_is_told() -> None:
     coordinator = Coordinator(3, ASP())
     started(coordinator, 3)
