@@ -146,11 +146,17 @@ NESTEROV = {**MOMENTUM, "nesterov": True}
 EPOCHS, BATCHES = 2, 10
 
 
-def fit_alone(strategy: Any, options: dict[str, Any], epochs: int = EPOCHS, **kwargs: Any) -> dict[str, Tensor]:
-    model = Regression("SGD", **options)
-    save, ckpt_path = kwargs.pop("save", None), kwargs.pop("ckpt_path", None)
+def fit_alone(
+    strategy: Any,
+    hyperparameters: dict[str, Any],
+    epochs: int = EPOCHS,
+    save: Path | None = None,
+    ckpt_path: Path | None = None,
+) -> dict[str, Tensor]:
+    model = Regression("SGD", **hyperparameters)
     callbacks = [] if save is None else [ModelCheckpoint(save.parent, filename=save.stem)]
-    t = trainer(1, strategy, max_epochs=epochs, callbacks=callbacks, enable_checkpointing=save is not None, **kwargs)
+    options = {"use_distributed_sampler": False, "enable_checkpointing": save is not None}  # the samples in one order
+    t = trainer(1, strategy, max_epochs=epochs, callbacks=callbacks, **options)
     t.fit(model, loader(samples=8 * BATCHES), ckpt_path=ckpt_path)
     return weights(model)
 
