@@ -26,7 +26,7 @@ from lightning_stale.launchers import ScriptLauncher, SummaryLauncher
 from lightning_stale.launchers.hydra.job import current_job, destroy_process_group
 from lightning_stale.private import of_lightning
 from lightning_stale.strategies import checkpoint_entries
-from lightning_stale.strategies.buffers import Versioned, agree_on_buffers, agree_on_changed
+from lightning_stale.strategies.buffers import UntrainedState
 from lightning_stale.strategies.checks import (
     check_batch_norm,
     check_device,
@@ -102,7 +102,7 @@ class StaleStrategy(DDPStrategy):
         self._others = OtherRanks(self._require_trainer)
         self._collectives = Collectives(self._others, self._may_meet, self._undisturbed)
         self._undo_setup: list[Callable[[], object]] = []
-        self._untrained: list[Versioned] = []
+        self._untrained: UntrainedState | None = None
         self._recorder = Recorder()  # of what happens on this rank
 
     @abstractmethod
@@ -174,10 +174,7 @@ class StaleStrategy(DDPStrategy):
             if not self._steps_locally:
                 check_optimizers(self.optimizers)
             self._add_callback(trainer, MeetingPoints(self), 0)
-            trained = {
-                id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]
-            }
-            self._untrained = [Versioned(p) for p in trainer.lightning_module.parameters() if id(p) not in trained]
+            self._untrained = UntrainedState(trainer.lightning_module, self.optimizers)
 
     def _setup_model(self, model: nn.Module) -> nn.Module:  # type: ignore[override]
         """Give all ranks the same weights to start from, instead of wrapping the model."""
@@ -244,8 +241,9 @@ class StaleStrategy(DDPStrategy):
         """Wait until all ranks are at ``place``, and have the same weights on all of a stage."""
         if self._update.running:
             self._update.meet(place)
-            if not self.topology.one_replica:
-                self._others.guard(self._agree_on_buffers)
+            untrained = self._untrained
+            if untrained is not None and not self.topology.one_replica:
+                self._others.guard(lambda: untrained.agree(self.world_size))
 
     def on_validation_end(self) -> None:
         self._update.after_validation()
@@ -253,11 +251,6 @@ class StaleStrategy(DDPStrategy):
     def on_train_end(self) -> None:
         super().on_train_end()
         self._update.finish()
-
-    def _agree_on_buffers(self) -> None:
-        assert self.lightning_module is not None
-        agree_on_buffers(self.lightning_module, self.world_size)
-        agree_on_changed(self._untrained, self.world_size)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_stale.private import of_modules, of_torch
 
@@ -37,6 +38,25 @@ def agree_on_buffers(model: nn.Module, world_size: int) -> None:
 
     _in_one(average, (buffer for buffer in model.buffers() if id(buffer) in statistics))
     _in_one(adopt, (buffer for buffer in model.buffers() if id(buffer) not in statistics))
+
+
+class UntrainedState:
+    """What of a model no optimizer trains: its buffers, and parameters that somebody may change all the same.
+
+    Args:
+        model: the model.
+        optimizers: those that train it.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+        trained = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        self._model = model
+        self._parameters = [Versioned(p) for p in model.parameters() if id(p) not in trained]
+
+    def agree(self, world_size: int) -> None:
+        """Have the same on all ranks, which all call this."""
+        agree_on_buffers(self._model, world_size)
+        agree_on_changed(self._parameters, world_size)
 
 
 class Versioned:
