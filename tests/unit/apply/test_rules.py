@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -190,6 +191,15 @@ def test_another_rule_than_the_checkpoints_starts_anew_and_says_so(
     store, before = make_store(rule), repr(rule.state_dict())
     store.resume_rule(SAVED[saved])
     assert repr(rule.state_dict()) == before
+
+
+def test_a_run_that_resumes_with_another_rule_warns() -> None:
+    strategy = StaleSyncStrategy(paradigm="asp", apply="scaled")
+    with pytest.warns(UserWarning, match=r"the apply rule Scaled\(\) starts anew: the checkpoint is of Dana"):
+        strategy._update.load_state_dict({"apply": SAVED["dana"]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        StaleSyncStrategy(paradigm="asp", apply="dana")._update.load_state_dict({"apply": SAVED["dana"]})
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
