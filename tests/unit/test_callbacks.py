@@ -269,7 +269,7 @@ def test_the_monitor_logs_what_the_rule_refused(clock: SimpleNamespace, applied:
     strategy = StaleSyncStrategy(paradigm="asp", apply="ringmaster")
     trainer, module = quiet_trainer(strategy), Recorder()
     release = Release(version=9, clock=4, lead=2, staleness=3, wait_s=0.5, compute_s=1.5, applied=applied)
-    strategy._client = SimpleNamespace(last_release=release)  # type: ignore[assignment]
+    strategy._update._client = SimpleNamespace(last_release=release)  # type: ignore[assignment]
     StalenessMonitor().on_train_batch_end(trainer, module, None, torch.zeros(1), 0)  # type: ignore[arg-type]
     assert module.calls[-1][0] == {"staleness/refused": float(not applied)}
 
