@@ -8,6 +8,7 @@ none.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ for _signal in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, si
     signal.signal(_signal, signal.SIG_IGN)
 _PARENT = int(sys.argv[1])
 end_with(_PARENT, lifeline=sys.stdin.fileno())
+gc.disable()  # until all is imported: it would walk through that dozens of times, and find nothing
 
 import logging
 import pickle
@@ -34,6 +36,7 @@ from lightning_stale.parameter_server.pickling import compute_on_cpu, load_optim
 from lightning_stale.parameter_server.process import Job
 from lightning_stale.parameter_server.shard import Shard
 from lightning_stale.parameter_server.store import ParameterStore
+from lightning_stale.private import of_dynamo
 from lightning_stale.transport.memory import SharedMemoryError
 from lightning_stale.transport.sockets import ServerSocket
 
@@ -95,7 +98,10 @@ def _read_into(buffer: Tensor) -> None:
 
 def _warm_up() -> None:
     """Have torch import what the first step of any optimizer needs, while rank 0 still sets up."""
+    of_dynamo.postpone()
     torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.0).step()
+    gc.freeze()
+    gc.enable()
 
 
 if __name__ == "__main__":

@@ -427,7 +427,10 @@ def test_callbacks_loggers_and_what_follows_fit_equal_the_plain_trainer(tmp_path
     assert logged(tmp_path / "0") == [row for row in without if row.keys() - {"step", "epoch"}]
 
 
-WORKER_KEYS = {"rank", "pushes", "max_lead", "mean_lead", "max_staleness", "mean_staleness", "wait_s", "compute_s"}
+WORKER_KEYS = {
+    *("rank", "pushes", "refused", "max_lead", "mean_lead", "max_staleness", "mean_staleness"),
+    *("wait_s", "compute_s"),
+}
 
 
 def test_callbacks_loggers_and_what_follows_fit_with_two_workers(tmp_path: Path) -> None:
@@ -440,7 +443,7 @@ def test_callbacks_loggers_and_what_follows_fit_with_two_workers(tmp_path: Path)
 
     for result in (first, second):
         for summary in (result["summary"], result["second summary"], *result["summaries"]):
-            assert summary.keys() == {"paradigm", "updates", "phases", "workers"}
+            assert summary.keys() == {"paradigm", "apply", "updates", "phases", "workers"}
             assert summary["paradigm"] == "SSP(threshold=2)"
             assert [phase["thresholds"] for phase in summary["phases"]] == [{"threshold": 2}]
             assert [worker["rank"] for worker in summary["workers"]] == [0, 1]
