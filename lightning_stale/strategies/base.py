@@ -353,7 +353,7 @@ class StaleStrategy(DDPStrategy):
 
     def _may_meet(self) -> bool:
         """Whole replicas go on by themselves after an interruption; the parts of one cannot."""
-        return not self._is_interrupted() or self.topology.stages > 1
+        return self.world_size > 1 and (not self._is_interrupted() or self.topology.stages > 1)
 
     def _undisturbed(self) -> AbstractContextManager[None]:
         """Return what a collective runs in that nothing else on the device may meet."""
