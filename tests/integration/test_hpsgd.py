@@ -225,7 +225,7 @@ class RoundsSeen(L.Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == STEPS - 1:
             self.trained = weights(pl_module)
-            self.rounds = trainer.strategy._update.statistics.rounds
+            self.rounds = trainer.strategy._counts.rounds
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self.validated = weights(pl_module)
