@@ -146,7 +146,7 @@ class Coordinator:
 
     def _lose(self, message: Lose, now: float) -> list[Reply]:
         process = self.membership.present[message.member].process
-        text = f"rank {message.member} (process {process}) is gone: it was killed or has crashed"
+        text = f"rank {message.member} (process {process}) is gone: it was killed, has crashed or hangs"
         return self._remove(message.member, now, text if self._on_loss == "end" else None)
 
     # --- the gate ---------------------------------------------------------------------------------------------------

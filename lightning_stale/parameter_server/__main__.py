@@ -48,6 +48,7 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what the user's optimizer prints is no answer
     _warm_up()
     try:
+        sys.path = pickle.load(sys.stdin.buffer)  # as rank 0 has it now: the job's classes may be anywhere on it
         job: Job = pickle.load(sys.stdin.buffer)
     except EOFError:  # rank 0 has changed its mind, or failed
         return

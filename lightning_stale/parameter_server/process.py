@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,7 +101,7 @@ class ServerProcess(ChildProcess):
             worker_key=credentials.worker.public,
             snapshot=snapshot,
         )
-        self.tell(cloudpickle.dumps(job, protocol=pickle.HIGHEST_PROTOCOL))
+        self.tell(pickle.dumps(sys.path), cloudpickle.dumps(job, protocol=pickle.HIGHEST_PROTOCOL))
         for memory in itertools.chain(map(memory_of, parameters), buffers):
             self.tell(memoryview(memory.numpy()))  # type: ignore[arg-type]
         return self.await_port()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -76,3 +78,33 @@ def test_a_failed_connect_leaves_nothing_that_blocks(tmp_path: Path) -> None:
 
 def test_a_server_that_cannot_start_ends(tmp_path: Path) -> None:
     assert run_workers(fail_to_start, 1, tmp_path, timeout=60) == [1]
+
+
+LATE_OPTIMIZER = """
+import torch
+class Late(torch.optim.SGD):
+    pass
+"""
+
+
+def add_a_folder_late(rank: int, folder: Path) -> str:
+    """Return what the server holds of an optimizer whose folder came on the path when the server had been started."""
+    (folder / "late_optimizers.py").write_text(LATE_OPTIMIZER)
+    server = ServerProcess()
+    sys.path.append(str(folder))  # as a LightningModule may do it in setup()
+    kind: Any = importlib.import_module("late_optimizers").Late
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    port = server.serve([parameter], [kind([parameter], lr=0.1, momentum=0.5)], ASP(), 1, CREDENTIALS, "127.0.0.1", "")
+    layout = Layout.of([parameter]).to_message()
+    client = ParameterClient(
+        Endpoint(f"tcp://127.0.0.1:{port}", "another host", server.pid, layout), CREDENTIALS, 0, "tcp"
+    )
+    state = client.optimizer_state(0)
+    client.close(finished=True)
+    server.stop()
+    assert server._process.poll() == 0
+    return repr(state)
+
+
+def test_the_server_finds_what_has_come_on_the_path_since_it_was_started(tmp_path: Path) -> None:
+    assert run_workers(add_a_folder_late, 1, tmp_path, tmp_path, timeout=60) == ["{'state': {}, 'param_groups': [{}]}"]

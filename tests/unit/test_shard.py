@@ -793,7 +793,7 @@ def test_a_lost_worker_is_named_to_the_others_once() -> None:
     harness.push(0)
     harness.close_connection(1)
     for rank in (0, 2):
-        assert harness.failure(rank)["text"] == "rank 1 (process 1001) is gone: it was killed or has crashed"
+        assert harness.failure(rank)["text"] == "rank 1 (process 1001) is gone: it was killed, has crashed or hangs"
     assert harness.take(1) == []
     harness.close_connection(2)
     assert harness.take(0) == [], "the first failure is the one that counts"
@@ -820,7 +820,7 @@ def test_a_worker_that_has_died_right_after_its_hello_is_named() -> None:
     harness.socket.closed.append(connection_of(1))
     harness.socket.ended.add(connection_of(1))
     harness.send(1, "hello", rank=1, pid=1001, shared=False)
-    assert harness.failure(0)["text"] == "rank 1 (process 1001) is gone: it was killed or has crashed"
+    assert harness.failure(0)["text"] == "rank 1 (process 1001) is gone: it was killed, has crashed or hangs"
     assert harness.take(1) == []
 
 
@@ -832,7 +832,7 @@ def test_a_worker_that_dies_while_its_welcome_is_sent_is_named(shared: bool, tmp
     harness.send(1, "hello", rank=1, pid=1001, shared=shared)
     assert harness.take(0) == []
     harness.close_connection(1)
-    assert harness.failure(0)["text"] == "rank 1 (process 1001) is gone: it was killed or has crashed"
+    assert harness.failure(0)["text"] == "rank 1 (process 1001) is gone: it was killed, has crashed or hangs"
 
 
 def test_a_goodbye_that_comes_with_the_end_of_the_connection_counts() -> None:
@@ -896,7 +896,7 @@ def test_who_aborts_learns_what_has_failed_before() -> None:
     *_, answer = harness.take(1)
     assert (answer["type"], answer["cause"]) == (
         "aborted",
-        "rank 2 (process 1002) is gone: it was killed or has crashed",
+        "rank 2 (process 1002) is gone: it was killed, has crashed or hangs",
     )
     assert "rank 2" in harness.failure(0)["text"]
 

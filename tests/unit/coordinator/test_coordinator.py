@@ -59,7 +59,7 @@ def test_who_is_at_a_meeting_hears_that_another_has_finished(leaves_first: bool)
 def test_of_several_failures_the_first_is_told() -> None:
     coordinator = Coordinator(3, ASP())
     started(coordinator, 3)
-    text = "rank 1 (process 101) is gone: it was killed or has crashed"
+    text = "rank 1 (process 101) is gone: it was killed, has crashed or hangs"
     assert coordinator.handle(m.Lose(1, 1), 1.0) == [m.Failed(0, "error", text), m.Failed(2, "error", text)]
     assert coordinator.handle(m.Push(0, 1), 2.0) == [m.Failed(0, "error", text)]
     assert coordinator.handle(m.Abort(2, 1, "error", "raised ValueError"), 3.0) == [m.Aborted(2, text)]
