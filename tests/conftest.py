@@ -1,8 +1,10 @@
-"""The order of the tests: the longest first, so that no process is at them when the others are out of work."""
+"""The order of the tests, the longest first, so that no process is at them alone at the end; and no seeds are left."""
 
 from __future__ import annotations
 
 import gc
+import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -22,3 +24,11 @@ def pytest_collection_finish() -> None:
     """From here on, the garbage collector is as ever, and leaves alone what has been imported."""
     gc.freeze()
     gc.set_threshold(*_THRESHOLDS)
+
+
+@pytest.fixture(autouse=True)
+def no_seed_is_left() -> Iterator[None]:
+    """What ``seed_everything`` leaves in the environment orders the samples of every later Trainer, in scripts too."""
+    yield
+    os.environ.pop("PL_GLOBAL_SEED", None)
+    os.environ.pop("PL_SEED_WORKERS", None)

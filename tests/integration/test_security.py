@@ -56,15 +56,21 @@ class Telling(StaleSyncStrategy):
         super().__init__(paradigm="bsp", transport="tcp")
         self.folder = folder
 
-    def _share_endpoint(self) -> tuple[Endpoint, Credentials]:
-        endpoint, credentials = super()._share_endpoint()
-        if self.is_global_zero:
-            store = rendezvous_store()
-            while isinstance(store, PrefixStore):
-                store = store.underlying_store
-            found = [(key, store.get(key)) for key in store.list_keys() if store.check([key])]
-            (self.folder / "told").write_bytes(pickle.dumps((endpoint, credentials, found)))
-        return endpoint, credentials
+    def _begin(self, run: str) -> None:
+        introduce = self._host.introduce
+
+        def tell(*args: Any, **kwargs: Any) -> tuple[Endpoint, Credentials]:
+            endpoint, credentials = introduce(*args, **kwargs)
+            if self.is_global_zero:
+                store = rendezvous_store()
+                while isinstance(store, PrefixStore):
+                    store = store.underlying_store
+                found = [(key, store.get(key)) for key in store.list_keys() if store.check([key])]
+                (self.folder / "told").write_bytes(pickle.dumps((endpoint, credentials, found)))
+            return endpoint, credentials
+
+        self._host.introduce = tell  # type: ignore[method-assign]
+        super()._begin(run)
 
 
 def fit(rank: int, folder: Path) -> dict[str, Tensor]:
