@@ -8,8 +8,9 @@ quickstart: .venv/.installed
 	$(BIN)/python recipes/train.py -m experiment=digits trainer/strategy=ddp,bsp,ssp,dssp hydra.sweep.dir=outputs/quickstart
 	$(BIN)/python recipes/compare.py outputs/quickstart
 
+# More processes than cores: half of the time of two of them was waiting, for processes that start, hang or are killed.
 test: .venv/.installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 soak: .venv/.installed
 	LIGHTNING_STALE_SOAK_EVENTS=1000000 $(BIN)/python -m pytest -s tests/unit/coordinator/test_machine.py

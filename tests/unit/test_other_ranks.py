@@ -134,6 +134,7 @@ def test_a_collective_that_breaks_because_of_a_signal_ends_this_rank_as_the_sign
 ) -> None:
     """Both ranks had come to it, and the other one then saw that it is to end."""
     monkeypatch.setattr(DDPStrategy, "broadcast", lambda *_: broken())
+    monkeypatch.setattr(DDPStrategy, "world_size", 2)
     for strategy_class in (HPSGDStrategy, DSPStrategy):
         strategy, control = make(RunFailedError(kind, "rank 1 has ended"), strategy_class)
         for collective, control.others_come in ((lambda: strategy.broadcast(1), True), (strategy.barrier, False)):  # noqa: B023
