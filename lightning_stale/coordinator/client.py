@@ -30,7 +30,7 @@ class Control:
     def __init__(
         self, endpoint: Endpoint, credentials: Credentials, rank: int, check: Callable[[], None] = lambda: None
     ) -> None:
-        self._check_here = check
+        self._check_here, self._process = check, endpoint.pid
         self._connection = Connection(
             WorkerSocket(endpoint.address, credentials.server.public, credentials.worker),
             "coordinator",
@@ -67,7 +67,7 @@ class Control:
             else:
                 self._connection.look()
         except ServerLostError as error:
-            raise _rank_0_is_gone() from error
+            raise self._gone() from error
         if self.failure is not None:
             raise self.failure
 
@@ -95,7 +95,7 @@ class Control:
         try:
             self._connection.receive("synced")
         except ServerLostError as error:
-            raise _rank_0_is_gone() from error
+            raise self._gone() from error
 
     def meet(self, place: str, detail: str = "") -> None:
         """Come to ``place``, and wait until all others have.
@@ -119,6 +119,9 @@ class Control:
         """End the connection; a rank that has not finished is lost to the others, unless the run has failed."""
         self._connection.close(finished)
 
-
-def _rank_0_is_gone() -> RunFailedError:
-    return RunFailedError("error", "rank 0, which all others meet at, is gone: it was killed, or hangs")
+    def _gone(self) -> RunFailedError:
+        return RunFailedError(
+            "error",
+            f"rank 0, or the coordinator beside it (process {self._process}), at which all ranks meet, is gone: it was "
+            "killed, or hangs",
+        )

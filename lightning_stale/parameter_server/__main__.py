@@ -107,7 +107,3 @@ def _warm_up() -> None:
 
 if __name__ == "__main__":
     main()
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # rank 0 waits for this end: nothing is left to do here but to take torch apart, which takes a second

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_stale.private import of_torch
+
 # `step` is replaced on the instance by learning-rate schedulers and by the strategy; hooks stay with the worker.
-_NOT_SENT = ("step", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+_NOT_SENT = ("step", *of_torch.STEP_HOOKS)
 
 
 class OptimizerPicklingError(TypeError):

@@ -13,6 +13,9 @@ from torch.optim import Optimizer
 from torch.utils._pytree import SUPPORTED_NODES
 from torch.utils._pytree import tree_map as tree_map
 
+STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+"""Where an optimizer has the hooks that are called around its steps."""
+
 Node = tuple[Callable[[Any], tuple[Iterable[Any], Any]], Callable[[list[Any], Any], Any]]
 
 

@@ -22,7 +22,7 @@ class HostedProcess(Generic[ProcessT]):
     Args:
         start: starts the process, which imports what it needs before it is told what to serve.
         name: of it, in errors.
-        needs_secret: whether the ranks of several hosts need one to reach it, or, as torch's store, who can may.
+        needs_secret: whether the ranks need one to reach it, or, as torch's store, who can may.
     """
 
     def __init__(self, start: Callable[[], ProcessT], name: str, needs_secret: bool) -> None:
@@ -59,7 +59,6 @@ class HostedProcess(Generic[ProcessT]):
             rank,
             others=topology.world_size - 1,
             name=self._name,
-            nodes=topology.nodes,
             open_to_all=not self.needs_secret,
         )
         if rank > 0:

@@ -67,6 +67,7 @@ class OtherRanks:
         self.host = HostedProcess(CoordinatorProcess, "coordinator", needs_secret=False)
         """That of the coordinator through which they meet, unless they do otherwise."""
         self._reported: BaseException | None = None
+        self._unexplained: BaseException | None = None  # nobody was found to blame for it
 
     @property
     def joined(self) -> bool:
@@ -164,7 +165,7 @@ class OtherRanks:
         self._reported = exception
         first = self._control.failure
         kind, text = describe(exception)
-        if first is None and of_torch.is_lost_connection(exception):
+        if first is None and exception is not self._unexplained and of_torch.is_lost_connection(exception):
             try:
                 self._control.blame()
             except RunFailedError as error:
@@ -182,6 +183,7 @@ class OtherRanks:
         except RuntimeError as error:
             if self._control is not None and of_torch.is_lost_connection(error):
                 self._control.blame()
+                self._unexplained = error
             raise
 
     def _detail(self) -> str:

@@ -31,9 +31,8 @@ class Introduction:
         rank: this one.
         others: how many other ranks there are.
         name: of the process that rank 0 offers, in errors.
-        nodes: the number of hosts.
-        open_to_all: whether, on several hosts and without a secret, who reaches the store may reach the process too:
-            where all that matters goes through torch.distributed in any case, which lets him in.
+        open_to_all: whether, without a secret from the user, who reaches the store may reach the process too: where all
+            that matters goes through torch.distributed in any case, which lets him in.
     """
 
     def __init__(
@@ -44,11 +43,10 @@ class Introduction:
         others: int,
         *,
         name: str = "parameter server",
-        nodes: int = 1,
         open_to_all: bool = False,
     ) -> None:
         self._store, self._run, self._rank, self._others, self._name = store, run, rank, others, name
-        self._open = open_to_all and nodes > 1 and secret.from_environment() is None
+        self._open = open_to_all and secret.from_environment() is None
         self._key = f"lightning_stale/{run}"
         self._file: SecretFile | None = None
 

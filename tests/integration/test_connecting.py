@@ -19,6 +19,7 @@ from lightning_stale.coordinator import connection
 from lightning_stale.coordinator.connection import ServerLostError
 from lightning_stale.coordinator.process import ServerStartError
 from lightning_stale.parameter_server.client import ParameterClient
+from lightning_stale.parameter_server.options import read_options
 from lightning_stale.parameter_server.process import ServerProcess
 from lightning_stale.transport.credentials import Credentials
 from lightning_stale.transport.endpoint import Endpoint
@@ -81,9 +82,14 @@ def test_a_server_that_cannot_start_ends(tmp_path: Path) -> None:
 
 
 LATE_OPTIMIZER = """
-import torch
+import atexit, os, pathlib, torch
+FOLDER = pathlib.Path(__file__).parent
 class Late(torch.optim.SGD):
-    pass
+    def step(self, closure=None):
+        self.log = open(FOLDER / "log", "w")  # and nobody closes it
+        self.log.write("a step")
+        atexit.register((FOLDER / "ended").touch)
+        return super().step(closure)
 """
 
 
@@ -94,17 +100,22 @@ def add_a_folder_late(rank: int, folder: Path) -> str:
     sys.path.append(str(folder))  # as a LightningModule may do it in setup()
     kind: Any = importlib.import_module("late_optimizers").Late
     parameter = torch.nn.Parameter(torch.zeros(3))
-    port = server.serve([parameter], [kind([parameter], lr=0.1, momentum=0.5)], ASP(), 1, CREDENTIALS, "127.0.0.1", "")
+    optimizer = kind([parameter], lr=0.1, momentum=0.5)
+    port = server.serve([parameter], [optimizer], ASP(), 1, CREDENTIALS, "127.0.0.1", "")
     layout = Layout.of([parameter]).to_message()
     client = ParameterClient(
         Endpoint(f"tcp://127.0.0.1:{port}", "another host", server.pid, layout), CREDENTIALS, 0, "tcp"
     )
     state = client.optimizer_state(0)
+    client.meet("the start", "")
+    client.push(0, [0], [True], read_options(optimizer), None)
     client.close(finished=True)
     server.stop()
     assert server._process.poll() == 0
+    assert (folder / "log").read_text() == "a step"
+    assert (folder / "ended").exists()
     return repr(state)
 
 
-def test_the_server_finds_what_has_come_on_the_path_since_it_was_started(tmp_path: Path) -> None:
+def test_the_server_finds_what_has_come_on_the_path_and_loses_nothing_at_its_end(tmp_path: Path) -> None:
     assert run_workers(add_a_folder_late, 1, tmp_path, tmp_path, timeout=60) == ["{'state': {}, 'param_groups': [{}]}"]

@@ -145,7 +145,7 @@ def test_a_coordinator_that_is_killed_is_rank_0_that_is_gone() -> None:
         os.kill(process.pid, signal.SIGKILL)
         error = waiting()
         assert isinstance(error, RunFailedError)
-        assert "rank 0, which all others meet at, is gone" in str(error)
+        assert f"rank 0, or the coordinator beside it (process {process.pid}), at which all" in str(error)
         with suppress(RunFailedError):
             first.check(fresh=True)
         for control in (first, second):

@@ -86,15 +86,12 @@ MADE_BY_METACLASSES = {"_abc_impl", "_is_protocol", "_backward_cls"}
 
 _SEAM = "Lightning's only seam for a strategy's launcher"
 _MODEL_SEAM = "Lightning's seam for what a strategy does to the model before its optimizers are made"
-_SERVER = "temporary: is being moved with the parameter server"
 PRIVATE_EXCEPTIONS: dict[tuple[str, str], str] = {
     ("strategies.base", "StaleStrategy._configure_launcher"): _SEAM,
     ("strategies.base", "super()._configure_launcher"): _SEAM,
     ("strategies.base", "StaleStrategy._setup_model"): _MODEL_SEAM,
     ("strategies.dsp", "DSPStrategy._setup_model"): _MODEL_SEAM,
     ("strategies.dsp", "super()._setup_model"): _MODEL_SEAM,
-    ("parameter_server.pickling", "'_optimizer_step_pre_hooks'"): _SERVER,
-    ("parameter_server.pickling", "'_optimizer_step_post_hooks'"): _SERVER,
 }
 
 

@@ -51,6 +51,20 @@ assert weight.tolist() == [-0.5, -0.5], weight
 """
 
 
+SUBMODULES = """
+import sys, torch
+from lightning_stale.private import of_dynamo
+of_dynamo.postpone()
+import torch._dynamo.config, torch._dynamo.eval_frame
+import torch._dynamo.debug_utils
+assert torch._dynamo.__file__
+assert torch._dynamo.output_graph.config is torch._dynamo.config is sys.modules["torch._dynamo.config"]
+assert torch._dynamo.eval_frame.OptimizedModule is torch._dynamo.OptimizedModule
+assert not isinstance(torch._dynamo.config.__spec__.loader, of_dynamo._Submodules)
+assert torch.compile(lambda x: 2 * x, backend="eager")(torch.ones(2)).tolist() == [2.0, 2.0]
+"""
+
+
 def run(code: str) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
@@ -68,6 +82,12 @@ def test_optimizers_step_alike_without_the_compiler() -> None:
     assert plain.stdout == postponed.stdout
     assert len(plain.stdout.splitlines()) == len(OPTIMIZERS)
     assert (plain.stderr.strip(), postponed.stderr.strip()) == ("True", "False"), "it has cost nothing"
+
+
+@pytest.mark.timeout(180)
+def test_submodules_are_loaded_once() -> None:
+    result = run(SUBMODULES)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.timeout(180)

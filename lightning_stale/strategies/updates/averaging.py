@@ -59,6 +59,7 @@ class AveragingUpdate(Update):
                 "or write Trainer(strategy='ddp')"
             )
         self._training, self._held = training, len(parameters)
+        self._training_since, self._waited_s, self._stepped = None, 0.0, False
         ranks = training.topology.ranks_of_stage(training.topology.position(training.rank).stage)
         self._group = new_group(ranks, training.timeout)
         self._group.set_timeout(FOREVER)  # a sum waits for the slowest worker, and whether it lives is known otherwise

@@ -36,6 +36,7 @@ ACTIONS = [
     "finish",
     "lose",
     "abort",
+    "fail",
     "speak_for_the_dead",
     "push_what_it_does_not_hold",
 ]
@@ -212,6 +213,13 @@ class Machine(RuleBasedStateMachine):
             before = self.coordinator.failure
             *_, aborted = self.tell(m.Abort(*worker.who, "error", "raised ValueError"))
             assert aborted == m.Aborted(worker.rank, "" if before is None else before.text)
+
+    def fail(self, choose: Choose) -> None:
+        if choose(range(300)) == 0:
+            before = self.coordinator.failure
+            self.tell(m.Fail("rank 0 has ended"))
+            assert self.coordinator.failure is not None
+            assert before is None or self.coordinator.failure == before
 
     def speak_for_the_dead(self, choose: Choose) -> None:
         if not self.former:
