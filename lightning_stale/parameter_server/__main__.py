@@ -36,7 +36,7 @@ from lightning_stale.parameter_server.pickling import compute_on_cpu, load_optim
 from lightning_stale.parameter_server.process import Job
 from lightning_stale.parameter_server.shard import Shard
 from lightning_stale.parameter_server.store import ParameterStore
-from lightning_stale.private import of_dynamo
+from lightning_stale.private import of_dynamo, of_python
 from lightning_stale.transport.memory import SharedMemoryError
 from lightning_stale.transport.sockets import ServerSocket
 
@@ -107,3 +107,4 @@ def _warm_up() -> None:
 
 if __name__ == "__main__":
     main()
+    of_python.exit_at_once()  # rank 0 waits for this end
