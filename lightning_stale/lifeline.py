@@ -35,6 +35,18 @@ def end_with(parent: int, lifeline: int | None = None, grace_s: float = GRACE_S)
     threading.Thread(target=_watch, args=(parent, lifeline, grace_s), name="lifeline", daemon=True).start()
 
 
+def serve_rank_0(parent: int) -> None:
+    """Make this process one that rank 0 has started and ends: no signal does, and it does not outlive rank 0.
+
+    Args:
+        parent: the process id of rank 0; standard input is the lifeline.
+    """
+    # What is sent to the whole group, by Ctrl-C, a terminal that closes or SLURM: rank 0 decides when this ends.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    end_with(parent, lifeline=sys.stdin.fileno())
+
+
 def _watch(parent: int, lifeline: int | None, grace_s: float) -> None:
     closed = select.poll()
     if lifeline is not None:

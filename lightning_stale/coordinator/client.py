@@ -10,7 +10,6 @@ from lightning_stale.failures import FailureKind, RunFailedError
 from lightning_stale.transport import wire
 from lightning_stale.transport.credentials import Credentials
 from lightning_stale.transport.endpoint import Endpoint
-from lightning_stale.transport.sockets import WorkerSocket
 
 _PAUSE_S = 0.05
 _BLAME_S = wire.HEARTBEAT_TIMEOUT_MS / 1_000 + 5.0
@@ -31,14 +30,7 @@ class Control:
         self, endpoint: Endpoint, credentials: Credentials, rank: int, check: Callable[[], None] = lambda: None
     ) -> None:
         self._check_here, self._process = check, endpoint.pid
-        self._connection = Connection(
-            WorkerSocket(endpoint.address, credentials.server.public, credentials.worker),
-            "coordinator",
-            endpoint.address,
-            endpoint.pid,
-            rank,
-            check,
-        )
+        self._connection = Connection("coordinator", endpoint, credentials, rank, check)
         try:
             self._connection.join()
         except BaseException:

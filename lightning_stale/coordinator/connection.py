@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from lightning_stale.failures import FailureKind, RunFailedError
 from lightning_stale.transport import wire
+from lightning_stale.transport.credentials import Credentials
+from lightning_stale.transport.endpoint import Endpoint
 from lightning_stale.transport.sockets import WorkerSocket
 
 Others = Literal["refuse", "skip", "keep"]
@@ -28,10 +30,9 @@ class Connection:
     """Sends messages, and waits for those that are to come.
 
     Args:
-        socket: of this member, towards the process that hosts the coordinator.
-        name: of that process, in errors.
-        address: of its socket.
-        process: its process id.
+        name: of the process that hosts the coordinator, in errors.
+        endpoint: where it is.
+        credentials: of the run.
         rank: this member.
         check: called while waiting; raises to break off (a signal has come, say).
 
@@ -40,12 +41,12 @@ class Connection:
     """
 
     def __init__(
-        self, socket: WorkerSocket, name: str, address: str, process: int, rank: int, check: Callable[[], None]
+        self, name: str, endpoint: Endpoint, credentials: Credentials, rank: int, check: Callable[[], None]
     ) -> None:
         self.rank = rank
         self.failure: RunFailedError | None = None
-        self._socket = socket
-        self._name, self._address, self._process = name, address, process
+        self._socket = WorkerSocket(endpoint.address, credentials.server.public, credentials.worker)
+        self._name, self._address, self._process = name, endpoint.address, endpoint.pid
         self._check = check
         self._inbox: deque[dict[str, Any]] = deque()  # what has come and was not waited for yet
         self._ending = False
@@ -132,7 +133,8 @@ class Connection:
                 raise wire.WireError(f"expected {kind!r} from the {self._name}, got {message['type']!r}")
             elif others == "keep":
                 kept.append(message)
-        self._inbox.extendleft(reversed(kept))
+        if kept:
+            self._inbox.extendleft(reversed(kept))
         return found
 
     def _await(self, deadline: float | None) -> bool:

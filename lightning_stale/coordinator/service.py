@@ -32,10 +32,17 @@ class Peer:
 
 
 class Plane:
-    """What travels beside the control messages, on the same connections; by itself, nothing does."""
+    """What travels beside the control messages, on the same connections; by itself, nothing does.
+
+    Args:
+        service: moves the messages.
+    """
 
     kinds: Collection[str] = ()
     """The types of the messages that are its own."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
 
     def welcome(self, peer: Peer, message: dict[str, Any]) -> dict[str, Any]:
         """Return the fields of the answer to ``message``, a ``"hello"``."""
@@ -59,9 +66,9 @@ class Plane:
     def arrives(self, peer: Peer, message: dict[str, Any]) -> None:
         """``peer`` comes to a meeting point, with ``message``."""
 
-    def met(self, peer: Peer, reply: m.Met, send: Callable[..., None]) -> None:
+    def met(self, peer: Peer, reply: m.Met) -> None:
         """Tell ``peer`` that all have met."""
-        send("synced", version=0, thresholds=dict(reply.thresholds), nbytes=0)
+        self._service.send(peer, "synced", version=0, thresholds=dict(reply.thresholds), nbytes=0)
 
     def thresholds_set(self, peer: Peer, reply: m.ThresholdsSet) -> None:
         """Tell ``peer`` about its thresholds."""
@@ -92,7 +99,7 @@ class Service:
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.coordinator = coordinator
-        self.plane = Plane()
+        self.plane = Plane(self)
         self.now = now
         self._socket = socket
         self._name = name
@@ -231,7 +238,7 @@ class Service:
             case m.Released():
                 self.plane.released(peer, reply)
             case m.Met():
-                self.plane.met(peer, reply, lambda kind, **fields: self.send(peer, kind, **fields))
+                self.plane.met(peer, reply)
             case m.ThresholdsSet():
                 self.plane.thresholds_set(peer, reply)
             case m.Failed():

@@ -10,16 +10,12 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
 import sys
 
-from lightning_stale.lifeline import end_with
+from lightning_stale.lifeline import serve_rank_0
 
-# What is sent to the whole group, by Ctrl-C, a terminal that closes or SLURM: rank 0 decides when this ends.
-for _signal in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-    signal.signal(_signal, signal.SIG_IGN)
 _PARENT = int(sys.argv[1])
-end_with(_PARENT, lifeline=sys.stdin.fileno())
+serve_rank_0(_PARENT)
 gc.disable()  # until all is imported: it would walk through that dozens of times, and find nothing
 
 import logging

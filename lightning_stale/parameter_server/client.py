@@ -20,7 +20,6 @@ from lightning_stale.transport.endpoint import Endpoint
 from lightning_stale.transport.layout import Layout
 from lightning_stale.transport.links import Ranges, SharedWorkerLink, StreamWorkerLink, WorkerLink
 from lightning_stale.transport.parcel import unpack
-from lightning_stale.transport.sockets import WorkerSocket
 
 Transport = Literal["auto", "shm", "tcp"]
 
@@ -65,14 +64,7 @@ class ParameterClient:
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self.rank = rank
-        self._connection = Connection(
-            WorkerSocket(endpoint.address, credentials.server.public, credentials.worker),
-            "parameter server",
-            endpoint.address,
-            endpoint.pid,
-            rank,
-            check,
-        )
+        self._connection = Connection("parameter server", endpoint, credentials, rank, check)
         self._layout = Layout.from_message(endpoint.layout)
         self._wait_s = 0.0  # not yet reported
         self._compute_s = 0.0
@@ -152,7 +144,7 @@ class ParameterClient:
         """
         self._stop_computing()
         compute_s = self._compute_s
-        ranges = self._link.unsent(self._layout.ranges([p for p, u in zip(places, used, strict=True) if u]))
+        ranges = self._unsent([place for place, is_used in zip(places, used, strict=True) if is_used])
         started = time.monotonic()
         self._connection.send(
             "push",
@@ -221,7 +213,7 @@ class ParameterClient:
 
     def tell_changes(self, places: Sequence[int]) -> None:
         """Let the server have the :attr:`weights` at ``places`` as they are here; for the only worker of a run."""
-        ranges = self._link.unsent(self._layout.ranges(places))
+        ranges = self._unsent(places)
         if ranges:
             self._connection.send("change", places=list(places), nbytes=sum(end - start for start, end in ranges))
             self._send_bytes(self._link.weights, ranges)
@@ -271,6 +263,9 @@ class ParameterClient:
         self._connection.close(finished)
 
     # --- messages ---------------------------------------------------------------------------------------------------
+
+    def _unsent(self, places: Sequence[int]) -> Ranges:
+        return [] if self.shared else self._layout.ranges(places)
 
     def _send_bytes(self, buffer: Tensor, ranges: Ranges) -> None:
         self._connection.send_chunks(_bytes_of(buffer), ranges)

@@ -61,7 +61,7 @@ class Shard(Plane):
         record: Callable[[events.Event], None],
     ) -> None:
         assert service.coordinator.paradigm is not None
-        self._service = service
+        super().__init__(service)
         self._paradigm: Paradigm = service.coordinator.paradigm
         self._store = store
         self._layout = layout
@@ -219,8 +219,9 @@ class Shard(Plane):
                 worker.applied = self._apply(lambda: self._store.apply(push))
                 if not worker.applied:
                     self._record(events.Refused(self._service.now(), peer.member))
-            changed = self._changed_by(push) if worker.applied else []
-            worker.own = None if message["whole"] else self._layout.ranges(changed)
+            worker.own = None
+            if not message["whole"]:
+                worker.own = self._layout.ranges(self._changed_by(push)) if worker.applied else []
         self._service.tell(m.Push(peer.member, peer.generation))
 
     def _apply(self, step: Callable[[], bool]) -> bool:
@@ -275,7 +276,7 @@ class Shard(Plane):
         self._note_times(peer, message)
         self._workers[peer.member].pulls = message["pull"]
 
-    def met(self, peer: Peer, reply: m.Met, send: Callable[..., None]) -> None:
+    def met(self, peer: Peer, reply: m.Met) -> None:
         worker = self._workers[peer.member]
         if worker.pulls:
             self._give_weights(peer, worker, "synced", thresholds=dict(reply.thresholds))

@@ -56,10 +56,6 @@ class WorkerLink(ABC):
         nbytes = buffer.numel() // 2
         self.gradients, self.weights = buffer[:nbytes], buffer[nbytes:]
 
-    @abstractmethod
-    def unsent(self, ranges: Ranges) -> Ranges:
-        """Return what of ``ranges``, written into a buffer, has to be sent for the server to have it."""
-
 
 # --- shared memory --------------------------------------------------------------------------------------------------
 
@@ -102,9 +98,6 @@ class SharedWorkerLink(WorkerLink):
     def __init__(self, path: str, nbytes: int, token: bytes) -> None:
         super().__init__(memory.open_segment(path, nbytes, token))
 
-    def unsent(self, ranges: Ranges) -> Ranges:
-        return []
-
 
 # --- streams --------------------------------------------------------------------------------------------------------
 
@@ -144,6 +137,3 @@ class StreamWorkerLink(WorkerLink):
 
     def __init__(self, nbytes: int) -> None:
         super().__init__(torch.zeros(nbytes, dtype=torch.uint8))
-
-    def unsent(self, ranges: Ranges) -> Ranges:
-        return ranges
