@@ -8,8 +8,13 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.integration.startup import lean_imports
+
+# Two threads of each process, on the cores that all processes share, mostly wait for each other: 40 s instead of 3.
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; for what the tests start too
 _THRESHOLDS = gc.get_threshold()
 gc.set_threshold(*_THRESHOLDS[:2], 1000)  # or else it walks dozens of times through what the tests import
+lean_imports.install()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -32,14 +32,22 @@ import psutil
 ROOT = Path(__file__).parents[2]
 STARTUP = Path(__file__).parent / "startup"
 """On the path of every script: its ``sitecustomize`` saves two thirds of what a script costs that imports lightning."""
-PLAIN = {"PYTHONPATH": str(ROOT)}
-"""The environment of a script that has a Python as a user's is, for tests of how it starts and ends."""
+PLAIN = {"LIGHTNING_STALE_TEST_GC": "plain"}
+"""The environment of a script whose garbage collector nobody has touched, for tests of how it ends."""
 MARK = "LIGHTNING_STALE_TEST"
 """An environment variable that every process of a test inherits: what has it and lives on is a leak."""
 
+sys.path.append(str(STARTUP))  # of workers, and of a server that has to import a test's optimizer, and so lightning
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["lightning_stale", "lightning_stale.parameter_server.shard", "pytest", __name__, "tests.integration.models"]
+    [
+        "tests.integration.startup.forkserver",
+        "lightning_stale",
+        "lightning_stale.parameter_server.shard",
+        "pytest",
+        __name__,
+        "tests.integration.models",
+    ]
 )
 
 
@@ -145,6 +153,7 @@ def workers(
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
             "OMP_NUM_THREADS": "1",
+            **PLAIN,
             **(env or {}),
         }
         process = _context.Process(target=_main, args=(rank, str(folder), environment, function, args, kwargs))

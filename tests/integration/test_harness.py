@@ -68,15 +68,23 @@ import lightning
 
 print("loaded:", [name for name in ("matplotlib", "scipy", "transformers") if name in sys.modules])
 print("frozen:", gc.get_freeze_count() > 100_000)
+print("compiler:", hasattr(sys.modules["torch._dynamo"], "__file__"))
 import matplotlib, scipy.signal, transformers
+import torch
+from lightning.fabric.wrappers import OptimizedModule
+plain = torch.nn.Linear(1, 1)
+assert [isinstance(module, OptimizedModule) for module in (plain, torch.compile(plain))] == [False, True]
 print("there:", *map(version, ("matplotlib", "scipy", "transformers")), *gc.get_threshold(), gc.isenabled())
 """
 
 
 def test_a_script_imports_lightning_without_what_only_some_metrics_need(tmp_path: Path) -> None:
     """And whoever asks for that has it; after the import, the garbage collector is as it always is."""
-    spared, plain = run_script(LOADED, tmp_path / "spared"), run_script(LOADED, tmp_path / "plain", env=PLAIN)
-    assert (spared.returncode, plain.returncode) == (0, 0), spared.output + plain.output
-    *loaded, there = spared.output.splitlines()
-    assert loaded == ["loaded: []", "frozen: True"]
-    assert plain.output.splitlines() == ["loaded: ['matplotlib', 'scipy', 'transformers']", "frozen: False", there]
+    environments = {"spared": {}, "plain": PLAIN, "a user's": {"PYTHONPATH": str(ROOT)}}
+    ended = [run_script(LOADED, tmp_path / name, env=environment) for name, environment in environments.items()]
+    assert [script.returncode for script in ended] == [0, 0, 0], [script.output for script in ended]
+    spared, plain, users = (script.output.splitlines() for script in ended)
+    there = users[-1]
+    assert users == ["loaded: ['matplotlib', 'scipy', 'transformers']", "frozen: False", "compiler: True", there]
+    assert plain == ["loaded: []", "frozen: False", "compiler: False", there]
+    assert spared == ["loaded: []", "frozen: True", "compiler: False", there]
