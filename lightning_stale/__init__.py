@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from lightning_stale.paradigms import ASP, BSP, DSSP, SSP
+from lightning_stale.paradigms import ASP, BSP, DSSP, SSP, BoundedDelay
 
 __version__ = "0.1.0"
 
@@ -55,6 +55,7 @@ __all__ = [
     "DSSP",
     "SSP",
     "ApplyRule",
+    "BoundedDelay",
     "DSPStrategy",
     "Dana",
     "DelayCompensated",

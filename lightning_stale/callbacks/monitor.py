@@ -28,8 +28,8 @@ class StalenessMonitor(Callback):
       size of a batch;
     - ``staleness/refused``: 1 where the apply rule did not let the push be an update, else 0; with a rule other than
       ``"plain"``, and not in the progress bar;
-    - ``staleness/threshold``, or ``staleness/lower`` and ``staleness/upper``: the thresholds in force; not in the
-      progress bar.
+    - ``staleness/threshold``, or ``staleness/lower`` and ``staleness/upper``, or ``staleness/delay``: the thresholds in
+      force, where they adapt as of the last meeting point; not in the progress bar.
 
     Args:
         prog_bar: show them in the progress bar too.

@@ -1,4 +1,4 @@
-"""Change the thresholds of SSP and DSSP while training runs."""
+"""Change the thresholds of SSP, DSSP and bounded delay while training runs."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ class ThresholdSchedule(Callback):
 
     Args:
         milestones: epoch, from 0 -> thresholds from its start on, under the names that the paradigm has for them:
-            ``{5: {"threshold": 8}}`` for SSP, ``{5: {"lower": 1, "upper": 6}}`` or a part of it for DSSP.
+            ``{5: {"threshold": 8}}`` for SSP, ``{5: {"lower": 1, "upper": 6}}`` or a part of it for DSSP,
+            ``{5: {"delay": 8}}`` for bounded delay, which adapts until then if it does.
         monitor: the name of a logged metric, e.g. ``"val_loss"``; instead of ``milestones``.
         mode: whether the metric is to fall (``"min"``) or to rise (``"max"``).
         patience: after how many comparisons without improvement thresholds change.
         factor: what they are multiplied by, between 0 and 1.
-        minimum: the clocks below which no threshold is lowered.
+        minimum: the value below which no threshold is lowered: clocks, or leases where it is a delay.
 
     Raises:
         ValueError: for an impossible value, and if there are both milestones and what belongs to a metric, or neither.
@@ -79,7 +80,7 @@ class ThresholdSchedule(Callback):
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < 1:
             raise ValueError(f"factor={factor!r}: write what thresholds are multiplied by, between 0 and 1, e.g. 0.5")
         if not _is_count(minimum):
-            raise ValueError(f"minimum={minimum!r}: write the clocks below which no threshold is lowered, >= 0")
+            raise ValueError(f"minimum={minimum!r}: write the value below which no threshold is lowered, >= 0")
         self.milestones = _check_milestones(milestones)
         self.monitor = monitor
         self.mode = mode
@@ -89,7 +90,7 @@ class ThresholdSchedule(Callback):
         self._last_milestone = -1
         self._best = math.inf if mode == "min" else -math.inf
         self._bad_checks = 0
-        self._thresholds: dict[str, int] = {}  # those in force
+        self._thresholds: dict[str, int] = {}  # those in force; none where they adapt
         self._resumed: dict[str, int] | None = None  # those of the checkpoint, until training starts
 
     # --- hooks ------------------------------------------------------------------------------------------------------
@@ -104,8 +105,8 @@ class ThresholdSchedule(Callback):
                 else type(strategy).__name__
             )
             raise MisconfigurationException(
-                f"ThresholdSchedule changes thresholds, and {found} has none: write Trainer(strategy='ssp') or 'dssp', "
-                "or leave the schedule out"
+                f"ThresholdSchedule changes thresholds, and {found} has none: write Trainer(strategy='ssp'), "
+                "'dssp' or 'bounded-delay', or leave the schedule out"
             )
         paradigm = copy.deepcopy(strategy.paradigm)
         ahead = {epoch: self.milestones[epoch] for epoch in self.milestones if epoch > self._last_milestone}
@@ -114,6 +115,10 @@ class ThresholdSchedule(Callback):
                 paradigm.set_thresholds(0.0, **thresholds)
             except ValueError as error:
                 raise MisconfigurationException(f"milestones={{{epoch}: {thresholds}}}: {error}") from error
+        try:
+            paradigm.set_thresholds(0.0, **dict.fromkeys(paradigm.thresholds, self.minimum))
+        except ValueError as error:
+            raise MisconfigurationException(f"minimum={self.minimum}: {error}") from error
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on with the thresholds of the checkpoint; the server has not started yet, and does so with them."""
@@ -128,13 +133,13 @@ class ThresholdSchedule(Callback):
             )
         self._resumed = None
         self._pass_milestones(trainer)
-        self._thresholds = strategy.paradigm.thresholds
+        self._thresholds = _lasting(strategy)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Pass a milestone."""
         if self._pass_milestones(trainer):
             trainer.strategy.barrier("a change of thresholds")  # by now the server has rank 0's
-            self._thresholds = _strategy(trainer).paradigm.thresholds
+            self._thresholds = _lasting(_strategy(trainer))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the metric."""
@@ -147,7 +152,7 @@ class ThresholdSchedule(Callback):
             self._check_metric(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the thresholds in force, the last milestone, the best value and the comparisons since."""
+        """Return the thresholds in force (but none that adapt), the last milestone, the best value and the count."""
         return {
             "thresholds": self._thresholds if self._resumed is None else self._resumed,
             "last_milestone": self._last_milestone,
@@ -225,7 +230,7 @@ class ThresholdSchedule(Callback):
             if after != before:
                 text = f"{self.monitor}={value:g} is no improvement over {self._best:g} after {self.patience} checks"
                 self._change(trainer, after, text)
-            self._thresholds = after
+            self._thresholds = _lasting(strategy)
         # All meet: nobody trains on before the server has the thresholds, and all have the same state.
         state = strategy.broadcast(self.state_dict())
         self._thresholds, self._best, self._bad_checks = state["thresholds"], state["best"], state["bad_checks"]
@@ -242,12 +247,17 @@ def _strategy(trainer: Trainer) -> StaleSyncStrategy:
     return trainer.strategy
 
 
+def _lasting(strategy: StaleSyncStrategy) -> dict[str, int]:
+    """Return the thresholds that a run which resumes has to set anew."""
+    return {} if strategy.paradigm.adapts else strategy.paradigm.thresholds
+
+
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _check_milestones(milestones: object) -> dict[int, dict[str, int]]:
-    example = "milestones={5: {'threshold': 8}} or {5: {'lower': 1, 'upper': 6}}"
+    example = "milestones={5: {'threshold': 8}} or {5: {'lower': 1, 'upper': 6}} or {5: {'delay': 8}}"
     if milestones is None:
         return {}
     if not isinstance(milestones, Mapping) or not milestones:

@@ -1,17 +1,24 @@
-"""BSP, ASP, SSP and DSSP as state machines over clocks and times: no torch, no input or output, no clock of their own.
+"""BSP, ASP, SSP, DSSP and bounded delay as state machines over clocks and times: no torch, no I/O, no own clock.
 
-The rules are those of Ho et al. (NIPS 2013) and of arXiv 1908.11848.
+The rules are those of Ho et al. (NIPS 2013), of arXiv 1908.11848, and of Li et al. (OSDI 2014).
 """
 
 from __future__ import annotations
 
 from lightning_stale.paradigms.asp import ASP
 from lightning_stale.paradigms.base import ClockGate, Paradigm
+from lightning_stale.paradigms.bounded_delay import BoundedDelay
 from lightning_stale.paradigms.bsp import BSP
 from lightning_stale.paradigms.dssp import DSSP
 from lightning_stale.paradigms.ssp import SSP
 
-PARADIGMS: dict[str, type[Paradigm]] = {"bsp": BSP, "asp": ASP, "ssp": SSP, "dssp": DSSP}
+PARADIGMS: dict[str, type[Paradigm]] = {
+    "bsp": BSP,
+    "asp": ASP,
+    "ssp": SSP,
+    "dssp": DSSP,
+    "bounded-delay": BoundedDelay,
+}
 
 
 def as_paradigm(paradigm: str | Paradigm) -> Paradigm:
@@ -36,4 +43,4 @@ def as_paradigm(paradigm: str | Paradigm) -> Paradigm:
     raise TypeError(f"paradigm={paradigm!r}: write one of {names}, or a Paradigm such as SSP(threshold=3)")
 
 
-__all__ = ["ASP", "BSP", "DSSP", "PARADIGMS", "SSP", "ClockGate", "Paradigm", "as_paradigm"]
+__all__ = ["ASP", "BSP", "DSSP", "PARADIGMS", "SSP", "BoundedDelay", "ClockGate", "Paradigm", "as_paradigm"]

@@ -36,6 +36,19 @@ class Paradigm(ABC):
     def leave(self, worker: int, now: float) -> list[int]:
         """Drop ``worker`` from every minimum and round; return who gets an OK for it, oldest first."""
 
+    def allows(self, lease: int, oldest: int) -> bool:
+        """Whether the lease with this number may be granted while the oldest that is open has the number ``oldest``.
+
+        Leases are numbered in the order in which they are granted; where data is not handed out, nobody asks.
+        """
+        return True
+
+    def note_grant(self, worker: int, now: float) -> None:  # noqa: B027  # mostly nobody wants to know
+        """``worker`` has been granted a lease, and begins it."""
+
+    def note_commit(self, worker: int, now: float) -> None:  # noqa: B027  # likewise
+        """The lease of ``worker`` is committed."""
+
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Return the whole state as plain numbers, lists and dicts."""
@@ -48,6 +61,11 @@ class Paradigm(ABC):
     def thresholds(self) -> dict[str, int]:
         """What :meth:`set_thresholds` can change, under the names of the constructor; empty if there is nothing."""
         return {}
+
+    @property
+    def adapts(self) -> bool:
+        """Whether :attr:`thresholds` change by themselves, as long as nobody sets them."""
+        return False
 
     def set_thresholds(self, now: float, /, **thresholds: int) -> list[int]:
         """Change some or all of :attr:`thresholds` from ``now`` (seconds) on.
@@ -68,7 +86,8 @@ class Paradigm(ABC):
         name, known = type(self).__name__, self.thresholds
         if not known:
             raise ValueError(
-                f"{name} has no threshold to change: use ssp or dssp, e.g. StaleSyncStrategy(paradigm=SSP(threshold=3))"
+                f"{name} has no threshold to change: use ssp or dssp, or bounded-delay, "
+                "e.g. StaleSyncStrategy(paradigm=SSP(threshold=3))"
             )
         if not thresholds or not thresholds.keys() <= known.keys():
             given = ", ".join(f"{key}={value!r}" for key, value in thresholds.items())
@@ -77,6 +96,10 @@ class Paradigm(ABC):
                 f"set_thresholds({given}): {name} has {' and '.join(known)}, e.g. set_thresholds({example})"
             )
         return self._change_thresholds(now, {**known, **thresholds})
+
+    def follow_thresholds(self, thresholds: Mapping[str, int]) -> None:
+        """Show :attr:`thresholds` that are in force where the workers are, in a copy that no worker joins."""
+        self.set_thresholds(0.0, **thresholds)
 
     def _change_thresholds(self, now: float, thresholds: Mapping[str, int]) -> list[int]:
         """Take all thresholds; paradigms that have some say how."""

@@ -20,7 +20,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lightning_stale.paradigms import ASP, BSP, DSSP, PARADIGMS, SSP, Paradigm, as_paradigm
+from lightning_stale.paradigms import ASP, BSP, DSSP, PARADIGMS, SSP, BoundedDelay, Paradigm, as_paradigm
 from tests.unit.reference import Event, RawEvent, Table, apply_event, best_grant, play, simulate
 from tests.unit.test_parcel import carried
 
@@ -247,8 +247,9 @@ def dssps(draw: st.DrawFn) -> DSSP:
     return DSSP(lower, lower + draw(st.integers(0, 5)), draw(st.booleans()))
 
 
+bounded_delays = st.builds(BoundedDelay, st.one_of(st.integers(1, 9), st.just("auto"), st.none()))  # a gate like ASP's
 paradigms = st.one_of(
-    st.builds(BSP), st.builds(ASP), st.builds(SSP, st.integers(0, 4)), dssps(), dssps(), st.builds(DSSP)
+    st.builds(BSP), st.builds(ASP), st.builds(SSP, st.integers(0, 4)), dssps(), dssps(), st.builds(DSSP), bounded_delays
 )
 
 # Times are multiples of 1/32, and so exact in both: many are equal or whole, which makes predictions tie.
@@ -310,7 +311,7 @@ def test_dssp_with_grants_equals_the_reference(seed: int, enforce_upper: bool) -
 @moderate
 @given(paradigms, st.one_of(raw_events, periodic_events()))
 def test_no_worker_is_released_above_the_bound(paradigm: Paradigm, raw: list[RawEvent]) -> None:
-    bound = {BSP: 0, ASP: math.inf}.get(type(paradigm))
+    bound = {BSP: 0, ASP: math.inf, BoundedDelay: math.inf}.get(type(paradigm))
     if isinstance(paradigm, SSP):
         bound = paradigm.threshold
     elif isinstance(paradigm, DSSP):
@@ -351,9 +352,10 @@ def test_nobody_waits_for_ever(paradigm: Paradigm, raw: list[RawEvent]) -> None:
 
 
 @moderate
-@given(raw_events)
-def test_asp_releases_every_pusher_at_once_and_nobody_else(raw: list[RawEvent]) -> None:
-    paradigm = ASP()
+@given(st.one_of(st.builds(ASP), bounded_delays), raw_events)
+def test_asp_and_bounded_delay_release_every_pusher_at_once_and_nobody_else(
+    paradigm: Paradigm, raw: list[RawEvent]
+) -> None:
     for (name, worker, _), released in play(raw, lambda event: apply_event(paradigm, event)):
         assert released == ([worker] if name == "push" else [])
 
@@ -583,8 +585,13 @@ def test_changes_go_on_from_a_state_under_thresholds_from_elsewhere(
         (DSSP(1, 3), {"threshold": 2}, "set_thresholds(threshold=2): DSSP has lower and upper, e.g. set_thresholds(lo"),
         (SSP(2), {"threshold": 1, "upper": 2}, "SSP has threshold, e.g. set_thresholds(threshold=2)"),
         (SSP(2), {}, "set_thresholds(): SSP has threshold"),
-        (BSP(), {"threshold": 2}, "BSP has no threshold to change: use ssp or dssp"),
-        (ASP(), {"upper": 2}, "ASP has no threshold to change: use ssp or dssp"),
+        (BSP(), {"threshold": 2}, "BSP has no threshold to change: use ssp or dssp, or bounded-delay, e.g."),
+        (ASP(), {"delay": 2}, "ASP has no threshold to change: use ssp or dssp, or bounded-delay, e.g."),
+        (
+            BoundedDelay(4),
+            {"threshold": 2},
+            "set_thresholds(threshold=2): BoundedDelay has delay, e.g. set_thresholds(",
+        ),
     ],
     ids=repr,
 )
@@ -699,6 +706,9 @@ def test_enforce_upper_is_a_flag(value: object) -> None:
     assert f"enforce_upper={value!r}" in str(error.value)
 
 
+NAMES = "'bsp', 'asp', 'ssp', 'dssp', 'bounded-delay'"
+
+
 @pytest.mark.parametrize("name", PARADIGMS)
 def test_as_paradigm_makes_one_of_a_name(name: str) -> None:
     assert type(as_paradigm(name)) is PARADIGMS[name]
@@ -712,7 +722,7 @@ def test_as_paradigm_returns_a_paradigm_itself() -> None:
 
 
 def test_as_paradigm_names_the_unknown_name_and_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"paradigm='sssp' is unknown: write one of 'bsp', 'asp', 'ssp', 'dssp'"):
+    with pytest.raises(ValueError, match=rf"paradigm='sssp' is unknown: write one of {NAMES}, or a Paradigm"):
         as_paradigm("sssp")
 
 
@@ -723,7 +733,7 @@ def test_as_paradigm_asks_for_an_instance() -> None:
 
 @pytest.mark.parametrize("value", [None, 3, object, {"ssp": 3}])
 def test_as_paradigm_refuses_anything_else(value: object) -> None:
-    with pytest.raises(TypeError, match=r"write one of 'bsp', 'asp', 'ssp', 'dssp', or a Paradigm") as error:
+    with pytest.raises(TypeError, match=rf"write one of {NAMES}, or a Paradigm") as error:
         as_paradigm(value)  # type: ignore[arg-type]
     assert f"paradigm={value!r}" in str(error.value)
 
@@ -735,6 +745,8 @@ def test_as_paradigm_refuses_anything_else(value: object) -> None:
         (ASP(), "ASP()"),
         (SSP(2), "SSP(threshold=2)"),
         (DSSP(1, 2, False), "DSSP(lower=1, upper=2, enforce_upper=False)"),
+        (BoundedDelay(), "BoundedDelay(delay=None)"),
+        (BoundedDelay(3), "BoundedDelay(delay=3)"),
     ],
 )
 def test_repr_says_how_to_make_it(paradigm: Paradigm, text: str) -> None:
@@ -742,7 +754,9 @@ def test_repr_says_how_to_make_it(paradigm: Paradigm, text: str) -> None:
     assert repr(eval(text)) == text
 
 
-@pytest.mark.parametrize("paradigm", [BSP(), ASP(), SSP(0), DSSP(0, 4)], ids=repr)
+@pytest.mark.parametrize(
+    "paradigm", [BSP(), ASP(), SSP(0), DSSP(0, 4), BoundedDelay(2), BoundedDelay("auto")], ids=repr
+)
 class TestImpossibleCalls:
     @pytest.fixture(autouse=True)
     def _fresh(self, paradigm: Paradigm) -> None:

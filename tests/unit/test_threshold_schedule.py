@@ -14,7 +14,7 @@ from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 
-from lightning_stale import ASP, BSP, DSSP, SSP, StaleSyncStrategy, ThresholdSchedule
+from lightning_stale import ASP, BSP, DSSP, SSP, BoundedDelay, StaleSyncStrategy, ThresholdSchedule
 from lightning_stale.paradigms import Paradigm
 from lightning_stale.strategies.other_ranks import OtherRanks
 
@@ -53,8 +53,8 @@ def trainer_with(strategy: Any) -> Trainer:
         ({"monitor": "loss", "factor": 1.0}, r"factor=1.0: write what thresholds are multiplied by, between 0 and 1"),
         ({"monitor": "loss", "factor": 0}, r"factor=0: write what thresholds are multiplied by"),
         ({"monitor": "loss", "factor": math.nan}, r"factor=nan: write what thresholds are multiplied by"),
-        ({"monitor": "loss", "minimum": -1}, r"minimum=-1: write the clocks below which"),
-        ({"monitor": "loss", "minimum": True}, r"minimum=True: write the clocks below which"),
+        ({"monitor": "loss", "minimum": -1}, r"minimum=-1: write the value below which no threshold"),
+        ({"monitor": "loss", "minimum": True}, r"minimum=True: write the value below which no threshold"),
     ],
     ids=repr,
 )
@@ -78,7 +78,7 @@ def test_bad_arguments_are_refused_with_the_value_and_the_cure(arguments: dict[s
 def test_strategies_without_thresholds_are_refused_with_the_cure(strategy: Any, text: str) -> None:
     with pytest.raises(MisconfigurationException, match=text) as error:
         ThresholdSchedule(monitor="val_loss").setup(trainer_with(strategy), MODULE, "fit")
-    assert "write Trainer(strategy='ssp') or 'dssp', or leave the schedule out" in str(error.value)
+    assert "write Trainer(strategy='ssp'), 'dssp' or 'bounded-delay', or leave the schedule out" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +87,8 @@ def test_strategies_without_thresholds_are_refused_with_the_cure(strategy: Any, 
         (SSP(3), {5: {"upper": 6}}, r"milestones=\{5: \{'upper': 6\}\}: set_thresholds\(upper=6\): SSP has threshold"),
         (DSSP(3, 9), {5: {"threshold": 6}}, r"DSSP has lower and upper"),
         (DSSP(3, 9), {1: {"lower": 6}, 5: {"upper": 4}}, r"milestones=\{5: .*lower must not exceed upper"),
+        (BoundedDelay(), {5: {"threshold": 6}}, r"set_thresholds\(threshold=6\): BoundedDelay has delay"),
+        (BoundedDelay(), {5: {"delay": 0}}, r"milestones=\{5: \{'delay': 0\}\}: BoundedDelay\(delay=0\)"),
     ],
 )
 def test_milestones_that_do_not_fit_the_paradigm_are_refused_before_training(
@@ -96,6 +98,13 @@ def test_milestones_that_do_not_fit_the_paradigm_are_refused_before_training(
     with pytest.raises(MisconfigurationException, match=text):
         ThresholdSchedule(milestones=milestones).setup(trainer, MODULE, "fit")
     assert trainer.strategy.paradigm.thresholds == paradigm.thresholds  # type: ignore[attr-defined]
+
+
+def test_a_minimum_that_the_paradigm_cannot_have_is_refused_before_training() -> None:
+    schedule = ThresholdSchedule(monitor="loss", minimum=0)
+    schedule.setup(trainer_with(DSSP(3, 9)), MODULE, "fit")
+    with pytest.raises(MisconfigurationException, match=r"minimum=0: BoundedDelay\(delay=0\): delay counts leases"):
+        schedule.setup(trainer_with(BoundedDelay(8)), MODULE, "fit")
 
 
 def test_a_metric_that_was_not_logged_is_an_error_with_those_that_were() -> None:
@@ -221,6 +230,36 @@ def test_thresholds_of_another_paradigm_are_left_with_a_warning() -> None:
     with pytest.warns(UserWarning, match=r"thresholds \{'threshold': 8\} are those of another paradigm"):
         second.on_train_start(at_epoch(trainer, 3), MODULE)
     assert trainer.strategy.paradigm.thresholds == {"lower": 3, "upper": 5}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("paradigm", [BoundedDelay(), BoundedDelay("auto")], ids=repr)
+def test_a_delay_that_adapts_does_so_after_a_resume_until_the_schedule_has_set_it(paradigm: BoundedDelay) -> None:
+    milestones = {3: {"delay": 5}}
+    first, trainer = ThresholdSchedule(milestones=milestones), trainer_with(paradigm)
+    first.on_train_start(at_epoch(trainer, 1), MODULE)
+    second, resumed = ThresholdSchedule(milestones=milestones), trainer_with(paradigm)
+    second.load_state_dict(through_a_checkpoint(first))
+    second.on_train_start(at_epoch(resumed, 2), MODULE)
+    assert repr(resumed.strategy.paradigm) == repr(paradigm)  # type: ignore[attr-defined]
+
+    second.on_train_epoch_start(at_epoch(resumed, 3), MODULE)
+    third, again = ThresholdSchedule(milestones=milestones), trainer_with(paradigm)
+    third.load_state_dict(through_a_checkpoint(second))
+    third.on_train_start(at_epoch(again, 4), MODULE)
+    for one in (resumed, again):
+        assert repr(one.strategy.paradigm) == "BoundedDelay(delay=5)"  # type: ignore[attr-defined]
+
+
+def test_a_metric_sets_a_delay_that_adapts() -> None:
+    schedule, trainer = ThresholdSchedule(monitor="loss", patience=1), trainer_with(BoundedDelay("auto"))
+    trainer.strategy._update._note_thresholds({"delay": 12})  # type: ignore[attr-defined]
+    schedule.on_train_start(trainer, MODULE)
+    trainer._logger_connector._callback_metrics = {"loss": torch.tensor(1.0)}
+    schedule._check_metric(trainer)
+    assert (trainer.strategy.paradigm.adapts, schedule.state_dict()["thresholds"]) == (True, {})  # type: ignore[attr-defined]
+    schedule._check_metric(trainer)
+    assert repr(trainer.strategy.paradigm) == "BoundedDelay(delay=6)"  # type: ignore[attr-defined]
+    assert schedule.state_dict()["thresholds"] == {"delay": 6}
 
 
 # --- the strategy -------------------------------------------------------------------------------------------------

@@ -1,0 +1,85 @@
+"""The smallest bounded delay that keeps unequal workers from waiting, found from how long their leases take."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Sequence
+
+ROUNDS = 16
+"""So many leases of the slowest worker are looked at; with 8, the delay found was twice as often off by one."""
+
+
+def waiting_share(durations: Sequence[Sequence[float]], delay: int) -> float:
+    """Return which share of their time workers wait for a grant, from when the delay has made itself felt.
+
+    A worker's durations come again and again in their order, and nothing but them takes time. Lease ``t`` goes to the
+    worker that has been free for longest, say since ``F``, and ends at ``C_t``. It begins at ``F``, but not before all
+    leases up to ``t - delay`` have ended: at ``max(F, C_0, ..., C_(t - delay))``.
+
+    Args:
+        durations: of each worker: how long some of its leases took, in seconds.
+        delay: R of :class:`~lightning_stale.BoundedDelay`.
+
+    Example::
+
+        >>> from lightning_stale.paradigms.adaptive_delay import waiting_share
+        >>> waiting_share([[1.0], [3.0]], delay=4)
+        0.0
+        >>> round(waiting_share([[1.0], [3.0]], delay=2), 2)   # in 3 s, the faster has two leases
+        0.17
+    """
+    slowest = 0  # and so before the others wherever times are equal, which needs the larger delay
+    work = [itertools.cycle(each) for each in sorted(durations, key=lambda each: -sum(each) / len(each))]
+    free = [(0.0, worker) for worker in range(len(work))]
+    ended: list[float] = []  # when all leases up to this one have
+    latest = waited = worked = 0.0
+    rounds, steady = 0, False
+    while rounds < ROUNDS:
+        since, worker = free[0]
+        lease = len(ended)
+        begin = max(since, ended[lease - delay]) if lease >= delay else since
+        duration = next(work[worker])
+        heapq.heapreplace(free, (begin + duration, worker))
+        latest = max(latest, begin + duration)
+        ended.append(latest)
+        if steady:
+            waited += begin - since
+            worked += duration
+            rounds += worker == slowest
+        steady = steady or (worker == slowest and lease >= delay)
+    total = waited + worked
+    return waited / total if total > 0 else 0.0
+
+
+def smallest_delay(durations: Sequence[Sequence[float]], *, lower: int, upper: int, waiting: float, start: int) -> int:
+    """Return the smallest delay of ``lower`` to ``upper`` with a :func:`waiting_share` below ``waiting``.
+
+    The search goes out from ``start`` in steps that double, and then bisects: where little has changed, it takes two
+    simulations, and none of a delay of more than twice what is needed. If ``upper`` is not enough, it is what there is.
+
+    Example::
+
+        >>> from lightning_stale.paradigms.adaptive_delay import smallest_delay
+        >>> smallest_delay([[1.0], [1.0], [1.0], [4.0]], lower=4, upper=32, waiting=0.02, start=8)   # 1 + 3 * 4
+        13
+    """
+
+    def suits(delay: int) -> bool:
+        return waiting_share(durations, delay) < waiting
+
+    step = 1
+    if suits(start):
+        enough, short = start, start - 1
+        while short >= lower and suits(short):
+            step *= 2
+            enough, short = short, max(short - step, lower - 1)
+    else:
+        short, enough = start, min(start + 1, upper)
+        while enough < upper and not suits(enough):
+            step *= 2
+            short, enough = enough, min(enough + step, upper)
+    while enough - short > 1:
+        middle = (short + enough) // 2
+        short, enough = (short, middle) if suits(middle) else (middle, enough)
+    return enough
