@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from lightning_stale import events
-from lightning_stale.coordinator.leases import Leases
+from lightning_stale.coordinator.leases import Grant, Grants, Leases
 from lightning_stale.coordinator.meetings import DifferentPlacesError, Meeting
 from lightning_stale.coordinator.membership import Membership
 from lightning_stale.coordinator.messages import (
@@ -29,6 +29,7 @@ from lightning_stale.coordinator.messages import (
     Released,
     Reply,
     Request,
+    RoundOver,
     SetThresholds,
     ThresholdsSet,
 )
@@ -78,7 +79,10 @@ class Coordinator:
         self.membership = Membership(range(members))
         self.paradigm = paradigm
         self.failure: Failed | None = None
-        self._leases = leases
+        self.leases = leases
+        self._asking: set[int] = set()  # who has pushed, and wants a grant with its OK
+        self._past_gate: set[int] = set()  # those of them that wait for nothing but the grant
+        self._round = False  # whether gradients wait for their mean: some of them may be of who is gone
         self._on_loss = on_loss
         self._record = record
         self.meeting = Meeting()
@@ -87,6 +91,10 @@ class Coordinator:
     def over(self) -> bool:
         """Whether all members have been here, and are gone."""
         return self.membership.over
+
+    def refuses(self, push: Push) -> bool:
+        """Whether ``push`` is of batches that have been taken back: then its gradient is not to be applied."""
+        return self.leases is not None and self.leases.stale(push.member, push.leases) is not None
 
     def handle(self, message: Message, now: float) -> list[Reply]:
         """Return what ``message`` leads to, in the order in which it is to be said.
@@ -139,10 +147,12 @@ class Coordinator:
         self.membership.remove(rank)
         self._record(events.Left(now, rank))
         replies = [] if because is None else self._fail("error", because, now)
-        if self._leases is not None:
-            replies += self._grants(self._leases.take_back(rank, now))
+        self._asking.discard(rank)
+        self._past_gate.discard(rank)
+        replies += self._leave_gate(rank, now)
+        replies += self._take_back(rank, now)  # after that: who gets them takes its place among those who are left
         self.meeting.leave(rank)
-        return [*replies, *self._leave_gate(rank, now), *self._open_meeting(now)]
+        return [*replies, *self._open_meeting(now)]
 
     def _lose(self, message: Lose, now: float) -> list[Reply]:
         process = self.membership.present[message.member].process
@@ -154,15 +164,19 @@ class Coordinator:
     def _push(self, message: Push, now: float) -> list[Reply]:
         if self.failure is not None:
             return self._tell_failure(message.member)
+        if self.leases is None and (message.leases or message.asks):
+            raise ValueError(f"rank {message.member} has pushed for a batch, and nobody hands them out")
+        stale = None if self.leases is None else self.leases.stale(message.member, message.leases)
+        if stale is not None:  # it may have come again since
+            return [Refused(message.member, stale)]
         if self.paradigm is None or message.member not in self.paradigm.clocks:
             raise ValueError(f"rank {message.member} has pushed before all have met")
-        grants: list[Reply] = []
-        if self._leases is not None:
-            stale = self._leases.stale(message.member, message.leases)
-            if stale is not None:
-                return [Refused(message.member, stale)]
-            grants = self._grants(self._leases.commit(message.member, message.leases, now))
-        return [*self._release(self.paradigm.push(message.member, now), now), *grants]
+        if message.asks:
+            self._asking.add(message.member)
+        self._round = self.paradigm.averages
+        released = self.paradigm.push(message.member, now)  # before others have a batch for it, whom it would wait for
+        granted = self._commit(message.member, message.leases, now)
+        return [*self._release(released, now), *granted]
 
     def _leave_gate(self, rank: int, now: float) -> list[Reply]:
         if self.paradigm is None or rank not in self.paradigm.clocks:
@@ -170,15 +184,27 @@ class Coordinator:
         return self._release(self.paradigm.leave(rank, now), now)
 
     def _release(self, ranks: Sequence[int], now: float) -> list[Reply]:
+        assert self.paradigm is not None
         if self.failure is not None:  # who waits knows of it
             return []
-        return [self._released(rank, now) for rank in ranks]
+        replies: list[Reply] = []
+        if self._round and (ranks or not self.paradigm.clocks):
+            self._round = False
+            replies.append(RoundOver())
+        for rank in ranks:
+            if rank in self._asking:
+                self._asking.remove(rank)
+                self._past_gate.add(rank)
+                replies += self._ask(rank, now)
+            else:
+                replies.append(self._released(rank, None, now))
+        return replies
 
-    def _released(self, rank: int, now: float) -> Released:
+    def _released(self, rank: int, grant: Grant | None, now: float) -> Released:
         assert self.paradigm is not None
         lead = self.paradigm.lead(rank)
         self._record(events.Released(now, rank, lead))
-        return Released(rank, self.paradigm.clocks[rank], lead)
+        return Released(rank, self.paradigm.clocks[rank], lead, grant)
 
     def _set_thresholds(self, message: SetThresholds, now: float) -> list[Reply]:
         if self.paradigm is None:
@@ -188,20 +214,68 @@ class Coordinator:
         except ValueError as error:
             return [ThresholdsSet(message.member, str(error))]
         self._record(events.ThresholdsSet(now, self.paradigm.thresholds))
-        return [*self._release(released, now), ThresholdsSet(message.member, None)]
+        granted = [] if self.leases is None else self._grants(self.leases.serve(), now)
+        return [*self._release(released, now), *granted, ThresholdsSet(message.member, None)]
 
     # --- leases -----------------------------------------------------------------------------------------------------
 
     def _request(self, message: Request, now: float) -> list[Reply]:
         if self.failure is not None:
             return self._tell_failure(message.member)
-        if self._leases is None:
+        if self.leases is None:
             raise ValueError(f"rank {message.member} asks for a batch, and nobody hands them out")
-        grant = self._leases.request(message.member, now)
-        return [] if grant is None else self._grants([(message.member, *grant)])
+        stale = self.leases.stale(message.member, message.leases)
+        if stale is not None:
+            return [Refused(message.member, stale)]
+        try:
+            if message.plan is not None:
+                # who is at the next meeting already trains nothing before it
+                self.leases.open(message.plan, self.membership.present.keys() - set(self.meeting.waiting))
+        except ValueError as error:
+            return self._fail("error", f"rank {message.member} asks for a batch: {error}", now)
+        granted = self._commit(message.member, message.leases, now)
+        return [*granted, *self._ask(message.member, now)]
 
-    def _grants(self, grants: Sequence[tuple[int, int, int | None]]) -> list[Reply]:
-        return [] if self.failure is not None else [Granted(*grant) for grant in grants]
+    def _ask(self, rank: int, now: float) -> list[Reply]:
+        """Have ``rank`` wait for a batch; if it waits for what others hold, nobody waits for its pushes meanwhile."""
+        assert self.leases is not None
+        granted = self._grants(self.leases.request(rank), now)
+        return [*granted, *self._leave_gate(rank, now)] if self.leases.waits_for_others(rank) else granted
+
+    def _commit(self, rank: int, leases: Sequence[int], now: float) -> list[Reply]:
+        if self.leases is None or not leases:
+            return []
+        for lease in leases:
+            self._record(events.Committed(now, rank, lease))
+        if self.paradigm is not None:
+            self.paradigm.note_commit(rank, now)
+        return self._grants(self.leases.commit(rank, leases), now)
+
+    def _take_back(self, rank: int, now: float) -> list[Reply]:
+        if self.leases is None:
+            return []
+        for lease in self.leases.of(rank):
+            self._record(events.TakenBack(now, rank, lease))
+        return self._grants(self.leases.take_back(rank), now)
+
+    def _grants(self, grants: Grants, now: float) -> list[Reply]:
+        if self.failure is not None:  # who waits knows of it
+            return []
+        replies: list[Reply] = []
+        for rank, grant in grants:
+            if not grant.over:
+                self._record(events.Granted(now, rank, grant.lease, grant.first, grant.last))
+            if self.paradigm is not None:
+                if rank not in self.paradigm.clocks:
+                    self.paradigm.join(rank, now)
+                if not grant.over:
+                    self.paradigm.note_grant(rank, now)
+            if rank in self._past_gate:
+                self._past_gate.remove(rank)
+                replies.append(self._released(rank, grant, now))
+            else:
+                replies.append(Granted(rank, grant))
+        return replies
 
     # --- meetings ---------------------------------------------------------------------------------------------------
 
@@ -209,6 +283,7 @@ class Coordinator:
         if self.failure is not None:
             return self._tell_failure(message.member)
         released = self._leave_gate(message.member, now)  # it pushes no more until all have met: nobody waits for it
+        released += self._take_back(message.member, now)  # what it has not begun: others may
         self.meeting.arrive(message.member, message.place, message.detail)
         return [*released, *self._open_meeting(now)]
 
@@ -220,11 +295,17 @@ class Coordinator:
             met = self.meeting.open(self.membership.awaited, finished)
         except DifferentPlacesError as error:
             return self._fail("error", str(error), now)
-        thresholds = {} if self.paradigm is None else self.paradigm.thresholds
+        if self.paradigm is None:
+            thresholds: dict[str, int] = {}
+        else:
+            before = self.paradigm.thresholds
+            for rank in met:
+                self.paradigm.join(rank, now)
+            thresholds = self.paradigm.thresholds
+            if thresholds != before:  # they follow from how many take part
+                self._record(events.ThresholdsSet(now, thresholds))
         for rank in met:
             self._record(events.Met(now, rank))
-            if self.paradigm is not None:
-                self.paradigm.join(rank, now)
         return [Met(rank, thresholds) for rank in met]
 
     # --- failure ----------------------------------------------------------------------------------------------------

@@ -1,30 +1,383 @@
-"""Which worker has which batch of the epoch: what the coordinator asks of who hands them out."""
+"""Which worker has which batches of the epoch: handed out as leases, trained by the push that commits them."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
+from typing import Any
+
+NONE_LEFT = -1
+"""The number of the lease of who is told that no batch is left before the next meeting."""
+
+
+@dataclass(frozen=True)
+class Grant:
+    """A worker may begin the batches ``first`` to ``last - 1`` of the epoch: those of one step of its optimizer.
+
+    ``step`` says how far the epoch is, in steps of every worker; it is that of the next meeting once no batch is left.
+    ``ahead`` are the batches that are kept for this worker, to fetch them meanwhile: an idle one may get them.
+    """
+
+    lease: int
+    first: int
+    last: int
+    step: int
+    ahead: tuple[int, ...] = ()
+
+    @property
+    def over(self) -> bool:
+        """Whether no batch is left before the next meeting."""
+        return self.lease == NONE_LEFT
+
+
+Grants = list[tuple[int, Grant]]
+"""Who is granted what, in order."""
 
 
 class Leases(ABC):
     """Hands out batches, one lease each.
 
     A push carries the leases whose gradients it contains; to commit them is the only way in which a batch becomes
-    trained. A lease that is taken back returns its batch, which is granted again under another number.
+    trained. A lease that is taken back returns its batches, which are granted again under another number.
     """
 
     @abstractmethod
-    def request(self, member: int, now: float) -> tuple[int, int | None] | None:
-        """Return (lease, batch) for ``member``, batch ``None`` if no batch is left, or ``None`` if it has to wait."""
+    def open(self, plan: Plan, members: Collection[int]) -> None:
+        """Go on to the meeting of ``plan``, after all have met; asked again for the same, nothing happens.
+
+        Args:
+            plan: of the epoch that has begun, or goes on.
+            members: who is here.
+
+        Raises:
+            ValueError: if another worker has another plan, or not all have done what was planned before.
+        """
+
+    @abstractmethod
+    def of(self, member: int) -> list[int]:
+        """Return the numbers of the leases that ``member`` holds."""
+
+    @abstractmethod
+    def request(self, member: int) -> Grants:
+        """``member`` is free: return who is granted what for it, nobody if it has to wait."""
 
     @abstractmethod
     def stale(self, member: int, leases: Sequence[int]) -> int | None:
-        """Return the first of ``leases`` that ``member`` does not hold (any more), if there is one."""
+        """Return the first of ``leases`` that ``member`` does not hold (any more) or names twice, if there is one."""
 
     @abstractmethod
-    def commit(self, member: int, leases: Sequence[int], now: float) -> list[tuple[int, int, int | None]]:
-        """Note that they are trained; return who is granted what for it: (member, lease, batch)."""
+    def commit(self, member: int, leases: Sequence[int]) -> Grants:
+        """Note that they are trained; return who is granted what for it.
+
+        Raises:
+            ValueError: if one is :meth:`stale`; then none is committed.
+        """
 
     @abstractmethod
-    def take_back(self, member: int, now: float) -> list[tuple[int, int, int | None]]:
-        """Return the batches of ``member``, which is gone; return who is granted what for it."""
+    def take_back(self, member: int) -> Grants:
+        """Return the batches of ``member``, which is gone or begins none of them; return who is granted what for it."""
+
+    @abstractmethod
+    def serve(self) -> Grants:
+        """Return who is granted what now that more may be granted at once."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Return what of the epoch is committed, as plain numbers, lists and dicts."""
+
+    @abstractmethod
+    def waits_for_others(self, member: int) -> bool:
+        """Whether ``member`` has asked and no batch is left for it, but for those that others hold."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is left of an epoch, and where the next meeting is; the same on all workers.
+
+    Args:
+        epoch: its number.
+        batches: how many are left of it when this fit begins with it, over all workers.
+        each: how many a step of the optimizer takes (``accumulate_grad_batches``).
+        steps: how many steps each of equal workers takes for them.
+        until: after how many of these all meet.
+        prefetch: how many leases are kept for a worker beside the one that it has.
+    """
+
+    epoch: int
+    batches: int
+    each: int
+    steps: int
+    until: int
+    prefetch: int = 0
+
+    def check(self, workers: int) -> None:
+        """Raise ``ValueError`` unless every worker has a batch in every step."""
+        if not (
+            self.each >= 1
+            and 1 <= self.until <= self.steps
+            and self.batches - (self.steps - 1) * self.each * workers >= workers
+        ):
+            raise ValueError(f"{self} cannot be shared by {workers} workers: each needs a batch in every step")
+
+
+@dataclass(frozen=True)
+class Division:
+    """The batches of a plan, divided among the leases of ``workers`` that are equal.
+
+    Every step but the last has one lease of ``each`` batches per worker. The last one shares out what is left: one
+    lease per worker, of as many batches as all of them can have, and a few more where that leaves a remainder.
+
+    Example::
+
+        >>> from lightning_stale.coordinator.leases import Division, Plan
+        >>> division = Division(Plan(epoch=0, batches=15, each=3, steps=2, until=2), workers=2)
+        >>> [division.batches(number) for number in range(division.leases)]
+        [(0, 3), (3, 6), (6, 9), (9, 12), (12, 15)]
+    """
+
+    plan: Plan
+    workers: int
+
+    @property
+    def _full(self) -> int:
+        return (self.plan.steps - 1) * self.workers
+
+    @property
+    def _rest(self) -> int:
+        return self.plan.batches - self._full * self.plan.each
+
+    @property
+    def _size(self) -> int:
+        return min(self.plan.each, self._rest // self.workers)
+
+    @property
+    def leases(self) -> int:
+        """How many there are."""
+        return self._full - (-self._rest // self._size)
+
+    def end(self, step: int) -> int:
+        """Return how many leases there are until the end of ``step`` (counted from one)."""
+        return self.leases if step == self.plan.steps else step * self.workers
+
+    def batches(self, number: int) -> tuple[int, int]:
+        """Return the first batch of a lease, and the one after its last."""
+        if number < self._full:
+            return number * self.plan.each, (number + 1) * self.plan.each
+        first = self._full * self.plan.each + (number - self._full) * self._size
+        return first, min(first + self._size, self.plan.batches)
+
+
+class EpochLeases(Leases):
+    """The batches of an epoch, in order, until the next meeting; every worker gets some before it.
+
+    Leases are numbered as they are granted, over the whole fit. What is kept for a worker, which fetches it already, is
+    no lease yet: when nothing else is left, it is granted to who is idle. Who finds no batch left waits until all that
+    others hold are committed, as one may come back; then all are told that none is left.
+
+    Args:
+        workers: how many the run was started with: progress is counted in steps of so many.
+        allows: whether a lease with this number may be granted while the oldest that is open has that one.
+
+    Example::
+
+        >>> from lightning_stale.coordinator.leases import EpochLeases, Plan
+        >>> leases = EpochLeases(workers=2)
+        >>> leases.open(Plan(epoch=0, batches=3, each=1, steps=1, until=1), members={0, 1})
+        >>> leases.request(0)
+        [(0, Grant(lease=0, first=0, last=1, step=0))]
+        >>> leases.commit(0, [0]), leases.request(0)
+        ([], [(0, Grant(lease=1, first=1, last=2, step=0))])
+        >>> leases.commit(0, [1]), leases.request(0)   # the last one is kept for worker 1
+        ([], [])
+        >>> leases.request(1)
+        [(1, Grant(lease=2, first=2, last=3, step=0))]
+        >>> leases.commit(1, [2])
+        [(0, Grant(lease=-1, first=3, last=3, step=1))]
+    """
+
+    def __init__(self, workers: int, allows: Callable[[int, int], bool] = lambda lease, oldest: True) -> None:
+        self._workers, self._allows = workers, allows
+        self._division: Division | None = None
+        self._fresh = 0  # the first that nobody has had
+        self._returned: deque[int] = deque()
+        self._kept: dict[int, deque[int]] = {}  # for which member, in the order in which it gets them
+        self._held: dict[int, tuple[int, int]] = {}  # lease -> member, which one of the division
+        self._committed: set[int] = set()  # of the division, beyond those before _prefix
+        self._prefix = 0  # so many from the first on are committed
+        self._line: list[int] = []  # who has asked and waits, oldest first
+        self._owed: set[int] = set()  # who has had none since the last meeting
+        self._next = 0
+
+    @property
+    def plan(self) -> Plan | None:
+        """The epoch's; ``None`` before the first."""
+        return None if self._division is None else self._division.plan
+
+    @property
+    def held(self) -> Mapping[int, tuple[int, int]]:
+        """The open leases: number to member, and which one of the division it is."""
+        return self._held
+
+    @property
+    def committed(self) -> int:
+        """How many leases of the division are committed."""
+        return self._prefix + len(self._committed)
+
+    @property
+    def left(self) -> int:
+        """How many leases nobody has, until the next meeting."""
+        return self._end - self._fresh + len(self._returned) + sum(map(len, self._kept.values()))
+
+    @property
+    def _end(self) -> int:
+        return 0 if self._division is None else self._division.end(self._division.plan.until)
+
+    @property
+    def step(self) -> int:
+        """How far the epoch is, in steps of every worker, the one that has begun included.
+
+        So equal workers in turn are told what shards would tell them. The last step before a meeting is over when all
+        of its leases are committed.
+        """
+        if self._division is None:
+            return 0
+        until = self._division.plan.until
+        return until if self.committed >= self._end else min(-(-self.committed // self._workers), until - 1)
+
+    def open(self, plan: Plan, members: Collection[int]) -> None:
+        if plan == self.plan:
+            return
+        before = self.plan
+        if before is not None and self.committed < self._end:
+            raise ValueError(f"a worker goes on with {plan} amid {before}: all must have the same batches per epoch")
+        plan.check(self._workers)
+        if before is None or before.epoch < plan.epoch:
+            self._fresh = self._prefix = 0
+        elif replace(before, until=plan.until) != plan or plan.until < before.until:
+            raise ValueError(f"{plan} does not follow {before}: all must have the same batches per epoch")
+        self._division = Division(plan, self._workers)
+        self._owed = set(members)
+
+    def of(self, member: int) -> list[int]:
+        return [lease for lease, (holder, _) in self._held.items() if holder == member]
+
+    def request(self, member: int) -> Grants:
+        if member in self._line:
+            raise ValueError(f"worker {member} asks for a batch while it waits for one")
+        self._line.append(member)
+        return self.serve()
+
+    def stale(self, member: int, leases: Sequence[int]) -> int | None:
+        for place, lease in enumerate(leases):
+            if lease in leases[:place] or self._held.get(lease, (None, 0))[0] != member:
+                return lease
+        return None
+
+    def commit(self, member: int, leases: Sequence[int]) -> Grants:
+        stale = self.stale(member, leases)
+        if stale is not None:
+            raise ValueError(f"worker {member} commits {list(leases)}, and does not hold lease {stale} (any more)")
+        for lease in leases:
+            self._committed.add(self._held.pop(lease)[1])
+        while self._prefix in self._committed:
+            self._committed.remove(self._prefix)
+            self._prefix += 1
+        return self.serve() if leases else []
+
+    def take_back(self, member: int) -> Grants:
+        mine = [*self._kept.pop(member, ()), *(self._held.pop(lease)[1] for lease in self.of(member))]
+        self._returned.extendleft(sorted(mine, reverse=True))
+        self._line = [waiting for waiting in self._line if waiting != member]
+        self._owed.discard(member)
+        return self.serve()
+
+    def waits_for_others(self, member: int) -> bool:
+        return member in self._line and self.left <= self._kept_from(member)
+
+    def serve(self) -> Grants:
+        grants: Grants = []
+        for member in list(self._line):
+            grant = self._grant(member)
+            if grant is not None:
+                self._line.remove(member)
+                grants.append((member, grant))
+        return grants
+
+    def _kept_from(self, member: int) -> int:
+        """How many leases are for others, who have had none; among these who comes first gets one, if it is too few."""
+        return 0 if member in self._owed else len(self._owed)
+
+    def _grant(self, member: int) -> Grant | None:
+        if self.left == 0:
+            if self._held or self._division is None:  # one of these may come back; or nobody has said what there is
+                return None
+            end = self._division.plan.batches
+            return Grant(NONE_LEFT, end, end, self.step)
+        oldest = next(iter(self._held), self._next)
+        if self.left <= self._kept_from(member) or not self._allows(self._next, oldest):
+            return None
+        assert self._division is not None
+        lease, self._next = self._next, self._next + 1
+        number = self._take(member)
+        self._held[lease] = (member, number)
+        self._owed.discard(member)
+        kept = self._keep(member, self._division.plan.prefetch)
+        ahead = (range(*self._division.batches(number)) for number in kept)
+        return Grant(lease, *self._division.batches(number), self.step, tuple(chain.from_iterable(ahead)))
+
+    def _take(self, member: int) -> int:
+        """Return which one ``member`` gets: what is kept for it, what nobody has, or another's that begins it last."""
+        if self._kept.get(member):
+            return self._kept[member].popleft()
+        if self._untouched:
+            return self._pop()
+        return max(self._kept.values(), key=len).pop()
+
+    def _keep(self, member: int, count: int) -> Iterable[int]:
+        kept = self._kept.setdefault(member, deque())
+        while len(kept) < count and self._untouched:
+            kept.append(self._pop())
+        return kept
+
+    @property
+    def _untouched(self) -> bool:
+        return bool(self._returned) or self._fresh < self._end
+
+    def _pop(self) -> int:
+        if self._returned:
+            return self._returned.popleft()
+        self._fresh += 1
+        return self._fresh - 1
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return which batches are committed, as ranges of what was left of the epoch when this fit began with it."""
+        if self._division is None:
+            return {"plan": None, "committed": []}
+        numbers = [*range(self._prefix), *sorted(self._committed)]
+        return {
+            "plan": asdict(self._division.plan),
+            "committed": merged(self._division.batches(number) for number in numbers),
+        }
+
+
+def merged(ranges: Iterable[tuple[int, int]]) -> list[list[int]]:
+    """Return ranges that follow each other as one.
+
+    Example::
+
+        >>> from lightning_stale.coordinator.leases import merged
+        >>> merged([(0, 2), (2, 4), (6, 7)])
+        [[0, 4], [6, 7]]
+    """
+    result: list[list[int]] = []
+    for first, last in ranges:
+        if result and result[-1][1] == first:
+            result[-1][1] = last
+        else:
+            result.append([first, last])
+    return result

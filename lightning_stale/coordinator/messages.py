@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lightning_stale.coordinator.leases import Grant, Plan
 from lightning_stale.failures import FailureKind
 
 # --- what it is told ------------------------------------------------------------------------------------------------
@@ -28,14 +29,21 @@ class _FromMember:
 
 @dataclass(frozen=True)
 class Request(_FromMember):
-    """It is free and asks for a batch."""
+    """It is free and asks for a batch, of the epoch that ``plan`` says if it is the first since the last meeting.
+
+    Of these ``leases`` of its own, no gradient has become an update (the step was skipped, say): they count as trained.
+    """
+
+    leases: tuple[int, ...] = ()
+    plan: Plan | None = None
 
 
 @dataclass(frozen=True)
 class Push(_FromMember):
-    """Its gradient has been taken; it holds the batches of these leases."""
+    """Its gradient, of the batches of these leases, has come; with its OK it wants to be granted the next, or not."""
 
     leases: tuple[int, ...] = ()
+    asks: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,11 +110,10 @@ class Fenced:
 
 @dataclass(frozen=True)
 class Granted:
-    """``member`` may begin ``batch`` (``None``: none is left), under the lease with this number."""
+    """``member`` may begin the batches of ``grant``, or is told that none is left."""
 
     member: int
-    lease: int
-    batch: int | None
+    grant: Grant
 
 
 @dataclass(frozen=True)
@@ -119,11 +126,19 @@ class Refused:
 
 @dataclass(frozen=True)
 class Released:
-    """``member`` gets its OK: with this clock, so many clocks ahead of the slowest."""
+    """``member`` gets its OK: with this clock, so many clocks ahead of the slowest; with a grant if it has asked."""
 
     member: int
     clock: int
     lead: int
+    grant: Grant | None = None
+
+
+@dataclass(frozen=True)
+class RoundOver:
+    """All whose gradients are averaged have pushed: the mean is due, whoever gets its OK when."""
+
+    member: int = -1
 
 
 @dataclass(frozen=True)
@@ -159,4 +174,4 @@ class Aborted:
     cause: str
 
 
-Reply = Joined | Fenced | Granted | Refused | Released | Met | ThresholdsSet | Failed | Aborted
+Reply = Joined | Fenced | Granted | Refused | RoundOver | Released | Met | ThresholdsSet | Failed | Aborted

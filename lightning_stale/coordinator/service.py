@@ -7,13 +7,14 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import zmq
 
 from lightning_stale.coordinator import messages as m
 from lightning_stale.coordinator.coordinator import Coordinator
+from lightning_stale.coordinator.leases import Plan
 from lightning_stale.transport import wire
 from lightning_stale.transport.sockets import ServerSocket
 
@@ -61,6 +62,10 @@ class Plane:
 
     def released(self, peer: Peer, reply: m.Released) -> None:
         """Tell ``peer`` its OK."""
+        raise NotImplementedError
+
+    def granted(self, peer: Peer, reply: m.Granted) -> None:
+        """Tell ``peer`` which batches it may begin."""
         raise NotImplementedError
 
     def arrives(self, peer: Peer, message: dict[str, Any]) -> None:
@@ -168,6 +173,8 @@ class Service:
             case "sync":
                 self.plane.arrives(peer, message)
                 self.tell(m.Arrive(*who, message["place"], message["detail"]))
+            case "request":
+                self.tell(m.Request(*who, numbers(message["leases"]), plan_of(message["plan"])))
             case "thresholds":
                 if not all(isinstance(name, str) for name in message["values"]):
                     raise wire.WireError(f"thresholds={message['values']!r}")
@@ -237,6 +244,10 @@ class Service:
         match reply:
             case m.Released():
                 self.plane.released(peer, reply)
+            case m.Granted():
+                self.plane.granted(peer, reply)
+            case m.Refused():
+                self.send(peer, "refused", lease=reply.lease)
             case m.Met():
                 self.plane.met(peer, reply)
             case m.ThresholdsSet():
@@ -245,8 +256,8 @@ class Service:
                 self.send(peer, "failed", kind=reply.kind, text=reply.text)
             case m.Aborted():
                 self.send(peer, "aborted", cause=reply.cause)
-            case m.Fenced():
-                pass  # its connection has ended, or the next one of its rank has begun
+            case m.Fenced() | m.RoundOver():
+                pass  # its connection has ended, or the next one of its rank has begun; the plane has seen to it
             case _:
                 raise NotImplementedError(reply)
 
@@ -291,3 +302,27 @@ class Service:
         if not self._stranger_logged:
             self._stranger_logged = True
             log.warning("The %s ignored a stranger on its port (logged once): %s", self._name, what)
+
+
+def numbers(values: list[Any]) -> tuple[int, ...]:
+    """Return what came as a list of integers.
+
+    Raises:
+        WireError: if it is something else.
+    """
+    if not all(type(value) is int for value in values):  # a bool is none
+        raise wire.WireError(f"{values!r} where numbers belong")
+    return tuple(values)
+
+
+def plan_of(values: list[Any] | None) -> Plan | None:
+    """Return the plan whose fields came as a list.
+
+    Raises:
+        WireError: if they are not as many integers.
+    """
+    if values is None:
+        return None
+    if len(values) != len(fields(Plan)):
+        raise wire.WireError(f"{values!r} is no plan of an epoch")
+    return Plan(*numbers(values))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from lightning_stale.events.kinds import (
+    Committed,
     Event,
     Exchanged,
     Failed,
+    Granted,
     Joined,
     Left,
     Met,
@@ -16,15 +18,18 @@ from lightning_stale.events.kinds import (
     Spent,
     StageRan,
     Stepped,
+    TakenBack,
     ThresholdsSet,
     Updated,
 )
 from lightning_stale.events.recorder import Reader, Recorder
 
 __all__ = [
+    "Committed",
     "Event",
     "Exchanged",
     "Failed",
+    "Granted",
     "Joined",
     "Left",
     "Met",
@@ -37,6 +42,7 @@ __all__ = [
     "Spent",
     "StageRan",
     "Stepped",
+    "TakenBack",
     "ThresholdsSet",
     "Updated",
 ]

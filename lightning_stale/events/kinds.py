@@ -97,6 +97,35 @@ class Spent(Event):
     compute_s: float
 
 
+# --- data on demand -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Granted(Event):
+    """A worker may begin the batches ``first`` to ``last - 1`` of the epoch, under a lease."""
+
+    worker: int
+    lease: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class Committed(Event):
+    """The batches of a worker's lease are trained."""
+
+    worker: int
+    lease: int
+
+
+@dataclass(frozen=True, slots=True)
+class TakenBack(Event):
+    """The batches of a worker's lease will be another's."""
+
+    worker: int
+    lease: int
+
+
 # --- averaging ------------------------------------------------------------------------------------------------------
 
 

@@ -96,7 +96,10 @@ class StaleSyncCounts:
                 self._begin_phase(event.thresholds)
 
     def _begin_phase(self, thresholds: Mapping[str, int]) -> None:
-        if thresholds != self.phases[-1].thresholds:
+        last = self.phases[-1]
+        if thresholds != last.thresholds:
+            if self.updates == 0 and last.max_lead == 0:  # nothing has happened under these
+                self.phases.pop()
             self.phases.append(Phase(dict(thresholds), since=self.updates))
 
     def summary(self) -> dict[str, Any]:

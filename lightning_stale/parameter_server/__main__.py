@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lightning_stale.coordinator.coordinator import Coordinator
+from lightning_stale.coordinator.leases import EpochLeases
 from lightning_stale.coordinator.service import Service
 from lightning_stale.events import Recorder
 from lightning_stale.events.stale_sync import StaleSyncCounts
@@ -65,7 +66,8 @@ def main() -> None:
     socket = ServerSocket(job.host, job.server_keys, job.worker_key)
     counts = StaleSyncCounts(job.world_size, job.paradigm.thresholds)
     recorder = Recorder(counts)
-    coordinator = Coordinator(job.world_size, job.paradigm, record=recorder.record)
+    leases = EpochLeases(job.world_size, job.paradigm.allows) if job.hands_out_batches else None
+    coordinator = Coordinator(job.world_size, job.paradigm, leases=leases, record=recorder.record)
     service = Service(socket, coordinator, name="parameter server")
     shard = Shard(service, store, layout, job.world_size, job.folder, counts, recorder.record)
     if job.snapshot is not None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_stale.coordinator.connection import Connection
+from lightning_stale.coordinator.leases import Grant, Plan
 from lightning_stale.failures import FailureKind, RunFailedError
 from lightning_stale.parameter_server.options import Options
 from lightning_stale.transport import memory
@@ -28,7 +29,8 @@ Transport = Literal["auto", "shm", "tcp"]
 class Release:
     """An OK: the worker's clock and lead, the staleness of its push, and the version of the weights it pulled.
 
-    ``applied`` is false where the apply rule did not let the push be an update.
+    ``applied`` is false where the apply rule did not let the push be an update; ``grant`` is what may be computed next,
+    where that was asked for.
     """
 
     version: int
@@ -38,6 +40,7 @@ class Release:
     wait_s: float
     compute_s: float
     applied: bool = True
+    grant: Grant | None = None
 
 
 class ParameterClient:
@@ -126,6 +129,8 @@ class ParameterClient:
         options: Options,
         clip: tuple[float, str] | None,
         whole: bool = True,
+        leases: Sequence[int] = (),
+        asks: bool = False,
     ) -> Release:
         """Push the gradients of one optimizer, wait for the OK, and pull the weights.
 
@@ -137,6 +142,8 @@ class ParameterClient:
             clip: value and ``"norm"`` or ``"value"``, to clip the mean of the round.
             whole: whether to pull all weights, or only those that have a gradient here: then call :meth:`refresh` once
                 no graph is left that was computed with the others.
+            leases: of the batches whose gradients these are, where batches are handed out.
+            asks: whether to wait for the next ones too: they come with the OK.
 
         Raises:
             RunFailedError: if the run has failed elsewhere.
@@ -153,6 +160,8 @@ class ParameterClient:
             options=options,
             clip=None if clip is None else list(clip),
             whole=whole,
+            leases=list(leases),
+            asks=asks,
             nbytes=sum(end - start for start, end in ranges),
             **self._take_times(),
         )
@@ -164,9 +173,29 @@ class ParameterClient:
             **{name: message[name] for name in ("version", "clock", "lead", "staleness", "applied")},
             wait_s=wait_s,
             compute_s=compute_s,
+            grant=None if message["grant"] is None else _grant_of(message["grant"]),
         )
         self.start_computing()
         return self.last_release
+
+    def request(self, leases: Sequence[int] = (), plan: Plan | None = None) -> Grant:
+        """Wait for batches to compute, and pull the weights with them.
+
+        Args:
+            leases: of those whose gradients have become no push: they count as trained.
+            plan: what there is until the next meeting, if this is the first request since the last.
+
+        Raises:
+            RunFailedError: if the run has failed elsewhere, or other workers have another plan.
+            ServerLostError: if the server has ended.
+        """
+        self._stop_computing()
+        started = time.monotonic()
+        self._connection.send("request", leases=list(leases), plan=None if plan is None else astuple(plan))
+        message = self._receive_weights("granted")
+        self._wait_s += time.monotonic() - started
+        self.start_computing()
+        return _grant_of(message["grant"])
 
     def meet(self, place: str, detail: str, pull: bool = True, timeout_s: float = math.inf) -> dict[str, int]:
         """Wait until all workers are at ``place``.
@@ -299,6 +328,11 @@ class ParameterClient:
         times = {"wait_s": self._wait_s, "compute_s": self._compute_s}
         self._wait_s = self._compute_s = 0.0
         return times
+
+
+def _grant_of(values: Sequence[Any]) -> Grant:
+    lease, first, last, step, ahead = values
+    return Grant(lease, first, last, step, tuple(ahead))
 
 
 def _bytes_of(buffer: Tensor) -> memoryview:

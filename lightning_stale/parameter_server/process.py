@@ -39,6 +39,7 @@ class Job:
     threads: int
     server_keys: KeyPair
     worker_key: str
+    hands_out_batches: bool
     snapshot: Mapping[str, Any] | None
 
 
@@ -65,6 +66,7 @@ class ServerProcess(ChildProcess):
         local_workers: int = 0,
         snapshot: Mapping[str, Any] | None = None,
         apply: ApplyRule | None = None,
+        hands_out_batches: bool = False,
     ) -> int:
         """Send the job, and return the port once the server listens.
 
@@ -79,6 +81,7 @@ class ServerProcess(ChildProcess):
             local_workers: those that share memory with the server; for others it is made when they connect.
             snapshot: the clocks of a checkpoint, and what the apply rule remembers.
             apply: how a push is applied; ``None``: as it is.
+            hands_out_batches: whether the workers ask for batches.
 
         Raises:
             OptimizerPicklingError: if an optimizer cannot be sent.
@@ -99,6 +102,7 @@ class ServerProcess(ChildProcess):
             threads=torch.get_num_threads(),
             server_keys=credentials.server,
             worker_key=credentials.worker.public,
+            hands_out_batches=hands_out_batches,
             snapshot=snapshot,
         )
         self.tell(pickle.dumps(sys.path), cloudpickle.dumps(job, protocol=pickle.HIGHEST_PROTOCOL))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import zmq
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_stale import events
 from lightning_stale.coordinator import messages as m
-from lightning_stale.coordinator.service import Peer, Plane, Service
+from lightning_stale.coordinator.service import Peer, Plane, Service, numbers
 from lightning_stale.events.stale_sync import StaleSyncCounts
 from lightning_stale.paradigms import Paradigm
 from lightning_stale.parameter_server.store import ParameterStore, Push
@@ -70,7 +70,7 @@ class Shard(Plane):
         self._counts = counts
         self._record = record
         self._workers: dict[int, _Worker] = {}
-        self._round: dict[int, Push] = {}  # BSP: the pushes that wait for the step with their mean
+        self._round: dict[tuple[int, int], Push] = {}  # BSP: the pushes that wait for the step with their mean, by peer
         self._segments: list[memory.Segment] = []  # that nobody has yet
         self._deliveries = Deliveries(self._send_chunk)
         self._handlers: dict[str, Callable[[Peer, _Worker, dict[str, Any]], None]] = {
@@ -162,6 +162,7 @@ class Shard(Plane):
             raise wire.WireError(f"a push for optimizer {message['optimizer']}")
         if len(message["used"]) != len(self._store.places(message["optimizer"])):
             raise wire.WireError(f"a push for {len(message['used'])} parameters")
+        message["leases"] = numbers(message["leases"])
         self._await_chunks(peer, worker, message)
 
     def _on_change(self, peer: Peer, worker: _Worker, message: dict[str, Any]) -> None:
@@ -198,31 +199,36 @@ class Shard(Plane):
             self._take_push(peer, worker, message)
 
     def _take_push(self, peer: Peer, worker: _Worker, message: dict[str, Any]) -> None:
-        if self._service.coordinator.failure is None:
-            push = Push(
-                optimizer=message["optimizer"],
-                used=message["used"],
-                gradients=worker.gradients,
-                options=message["options"],
-                clip=None if message["clip"] is None else tuple(message["clip"]),
-                worker=peer.member,
-                staleness=self._store.version - worker.pulled,
-                weights_then=worker.then,
-                lasting=not message["whole"],
-            )
-            worker.staleness, worker.applied = push.staleness, True
-            self._note_times(peer, message)
-            self._record(events.Pushed(self._service.now(), peer.member, worker.staleness))
-            if self._paradigm.averages:
-                self._round[peer.member] = push
-            else:
-                worker.applied = self._apply(lambda: self._store.apply(push))
-                if not worker.applied:
-                    self._record(events.Refused(self._service.now(), peer.member))
-            worker.own = None
-            if not message["whole"]:
-                worker.own = self._layout.ranges(self._changed_by(push)) if worker.applied else []
-        self._service.tell(m.Push(peer.member, peer.generation))
+        pushed = m.Push(peer.member, peer.generation, message["leases"], message["asks"])
+        coordinator = self._service.coordinator
+        if coordinator.failure is None and not coordinator.refuses(pushed):
+            self._accept(peer, worker, message)
+        self._service.tell(pushed)
+
+    def _accept(self, peer: Peer, worker: _Worker, message: dict[str, Any]) -> None:
+        push = Push(
+            optimizer=message["optimizer"],
+            used=message["used"],
+            gradients=worker.gradients,
+            options=message["options"],
+            clip=None if message["clip"] is None else tuple(message["clip"]),
+            worker=peer.member,
+            staleness=self._store.version - worker.pulled,
+            weights_then=worker.then,
+            lasting=not message["whole"],
+        )
+        worker.staleness, worker.applied = push.staleness, True
+        self._note_times(peer, message)
+        self._record(events.Pushed(self._service.now(), peer.member, worker.staleness))
+        if self._paradigm.averages:
+            self._round[peer.member, peer.generation] = push
+        else:
+            worker.applied = self._apply(lambda: self._store.apply(push))
+            if not worker.applied:
+                self._record(events.Refused(self._service.now(), peer.member))
+        worker.own = None
+        if not message["whole"]:
+            worker.own = self._layout.ranges(self._changed_by(push)) if worker.applied else []
 
     def _apply(self, step: Callable[[], bool]) -> bool:
         self._deliveries.keep()
@@ -240,14 +246,18 @@ class Shard(Plane):
 
     def before(self, replies: Sequence[m.Reply]) -> None:
         """Take the step of a round that is complete."""
-        if self._round and any(isinstance(reply, m.Released) for reply in replies):
-            self._apply(lambda: self._store.apply_mean([self._round[rank] for rank in sorted(self._round)]))
+        if self._round and any(isinstance(reply, m.RoundOver) for reply in replies):
+            self._apply(lambda: self._store.apply_mean([self._round[who] for who in sorted(self._round)]))
             self._round.clear()
 
     def released(self, peer: Peer, reply: m.Released) -> None:
         worker = self._workers[peer.member]
         fields = {"clock": reply.clock, "lead": reply.lead, "staleness": worker.staleness, "applied": worker.applied}
-        self._give_weights(peer, worker, "released", worker.own, **fields)
+        grant = None if reply.grant is None else astuple(reply.grant)
+        self._give_weights(peer, worker, "released", worker.own, grant=grant, **fields)
+
+    def granted(self, peer: Peer, reply: m.Granted) -> None:
+        self._give_weights(peer, self._workers[peer.member], "granted", grant=astuple(reply.grant))
 
     def _give_weights(
         self, peer: Peer, worker: _Worker, kind: str, own: list[tuple[int, int]] | None = None, **fields: Any
@@ -300,6 +310,7 @@ class Shard(Plane):
         self._reply(peer, self._store.optimizer_state(message["optimizer"]))
 
     def _on_snapshot(self, peer: Peer, worker: _Worker, message: dict[str, Any]) -> None:
+        leases = self._service.coordinator.leases
         self._reply(
             peer,
             {
@@ -307,13 +318,14 @@ class Shard(Plane):
                 "state": self._paradigm.state_dict(),
                 "world_size": self._world_size,
                 "apply": self._store.rule_state(),
+                "leases": None if leases is None else leases.state_dict(),
                 **self._counts.state_dict(),
             },
         )
 
     def _on_summary(self, peer: Peer, worker: _Worker, message: dict[str, Any]) -> None:
-        rules = {"paradigm": repr(self._paradigm), "apply": repr(self._store.rule)}
-        self._reply(peer, {**rules, **self._counts.summary()})
+        rules = {"paradigm": repr(self._paradigm), "thresholds": self._paradigm.thresholds}
+        self._reply(peer, {**rules, "apply": repr(self._store.rule), **self._counts.summary()})
 
     def _reply(self, peer: Peer, value: Any) -> None:
         parcel = pack(value)

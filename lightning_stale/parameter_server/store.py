@@ -94,7 +94,7 @@ class ParameterStore:
 
     @torch.no_grad()
     def apply(self, push: Push) -> bool:
-        """Take one full step with the gradient of one worker, as the rule has it (ASP, SSP, DSSP).
+        """Take one full step with the gradient of one worker, as the rule has it (all but BSP).
 
         Returns:
             Whether the rule let it be applied.

@@ -29,6 +29,8 @@ SCHEMA: dict[str, dict[str, type | tuple[type, ...]]] = {
         "options": list,  # the current values of its param groups
         "clip": (list, type(None)),  # [value, "norm" | "value"] for the mean of the round
         "whole": bool,  # whether all weights come with the OK, or those only that this push has changed
+        "leases": list,  # of the batches in it, where they are handed out
+        "asks": bool,  # whether the next ones are to come with the OK
         "nbytes": int,  # of the chunks that follow
         "wait_s": float,
         "compute_s": float,
@@ -37,6 +39,10 @@ SCHEMA: dict[str, dict[str, type | tuple[type, ...]]] = {
     "more": {},  # a chunk has arrived: the next one
     "change": {"places": list, "nbytes": int},  # weights that the only worker has set itself; their chunks follow
     "sync": {"place": str, "detail": str, "pull": bool, "wait_s": float, "compute_s": float},
+    "request": {
+        "leases": list,  # of batches whose gradient has become no update
+        "plan": (list, type(None)),  # what there is until the next meeting: the fields of `Plan`
+    },
     "pull": {},  # all weights, without waiting
     "thresholds": {"values": dict},  # names and new values; the reply is None, or what is wrong with them
     "optimizer_state": {"optimizer": int},
@@ -53,8 +59,11 @@ SCHEMA: dict[str, dict[str, type | tuple[type, ...]]] = {
         "lead": int,
         "staleness": int,
         "applied": bool,  # whether the apply rule let the push be an update
+        "grant": (list, type(None)),  # the fields of `Grant`, where it was asked for
         "nbytes": int,
     },
+    "granted": {"version": int, "grant": list, "nbytes": int},
+    "refused": {"lease": int},  # the push, which holds one that was taken back
     "synced": {"version": int, "thresholds": dict, "nbytes": int},
     "reply": {"nbytes": int, "size": int, "head": int},  # of the parcel
     "pong": {},

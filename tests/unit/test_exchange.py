@@ -34,7 +34,18 @@ class FakeClient:
         self.changes: list[list[int]] = []
         self.refreshed = 0
 
-    def push(self, optimizer: int, places: list[int], used: list[bool], options: Any, clip: Any, whole: bool) -> None:
+    def push(
+        self,
+        optimizer: int,
+        places: list[int],
+        used: list[bool],
+        options: Any,
+        clip: Any,
+        whole: bool,
+        leases: Sequence[int],
+        asks: bool,
+    ) -> None:
+        assert (leases, asks) == ((), False), "nobody hands out batches"
         gradients = [self.gradients[p].clone() if u else None for p, u in zip(places, used, strict=True)]
         self.pushes.append({"optimizer": optimizer, "gradients": gradients, "options": options, "clip": clip})
 

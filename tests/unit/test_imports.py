@@ -32,7 +32,7 @@ LAYERS = [
     {"private", "failures", "lifeline", "topology"},  # leaves
     {"paradigms"},
     {"coordinator", "transport", "events"},
-    {"parameter_server", "averaging", "pipeline", "launchers"},
+    {"parameter_server", "averaging", "data", "pipeline", "launchers"},
     {"strategies", "callbacks"},
 ]
 """From below. A package may import those of layers below its own; of its own layer, those that SIBLINGS names."""

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import select
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ import zmq
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_stale.coordinator.coordinator import Coordinator
+from lightning_stale.coordinator.coordinator import Coordinator, OnLoss
+from lightning_stale.coordinator.leases import NONE_LEFT, EpochLeases
 from lightning_stale.coordinator.service import Service
 from lightning_stale.events import Recorder
 from lightning_stale.events.stale_sync import StaleSyncCounts
@@ -98,6 +99,15 @@ def connection_of(rank: int) -> int:
     return 100 + rank
 
 
+def nothing_ahead(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message without the batches that its grant names ahead, of which there are none."""
+    if message["grant"] is not None:
+        *grant, ahead = message["grant"]
+        assert ahead == []
+        message["grant"] = grant
+    return message
+
+
 class Harness:
     """A server over two parameters and as many fake workers as are wanted."""
 
@@ -109,6 +119,7 @@ class Harness:
         make: Callable[[list[Tensor]], list[Optimizer]] = lambda p: [torch.optim.SGD(p, lr=LR)],
         rule: ApplyRule | None = None,
         values: list[Tensor] | None = None,
+        hands_out: bool = False,
     ) -> None:
         values = values or [torch.zeros(shape) for shape in SHAPES]
         self.layout = Layout.of(values)
@@ -121,9 +132,11 @@ class Harness:
         self.paradigm = paradigm
         counts = StaleSyncCounts(world_size, paradigm.thresholds)
         recorder = Recorder(counts)
+        leases = EpochLeases(world_size, paradigm.allows) if hands_out else None
+        on_loss: OnLoss = "go on" if hands_out else "end"
         self.service = Service(
             self.socket,  # type: ignore[arg-type]
-            Coordinator(world_size, paradigm, record=recorder.record),
+            Coordinator(world_size, paradigm, leases=leases, on_loss=on_loss, record=recorder.record),
             "parameter server",
             now=lambda: self.time,
         )
@@ -164,6 +177,8 @@ class Harness:
             "options": read_options(self.store.optimizers[optimizer]),
             "clip": None,
             "whole": True,
+            "leases": [],
+            "asks": False,
             "wait_s": 0.0,
             "compute_s": 0.0,
             **fields,
@@ -180,6 +195,10 @@ class Harness:
             middle = (start + end) // 2  # in two chunks
             for first, last in ((start, middle), (middle, end)):
                 self.send(rank, "chunk", offset=first, payload=data[first:last].numpy().tobytes())
+
+    def request(self, rank: int, plan: list[int] | None = None, leases: Sequence[int] = ()) -> None:
+        """Ask; a plan without a number to prefetch says zero."""
+        self.send(rank, "request", leases=list(leases), plan=None if plan is None else [*plan, 0])
 
     def _write(self, buffer: Tensor, value: float | list[Tensor]) -> None:
         for place, view in enumerate(self.layout.views(buffer)):
@@ -221,7 +240,7 @@ class Harness:
                     messages.append({**message, "data": bytearray()})
                     received = 0
         for message in messages:
-            assert message["type"] not in ("released", "synced", "reply") or bool(message["nbytes"]) == bool(
+            assert message["type"] not in ("released", "granted", "synced", "reply") or bool(message["nbytes"]) == bool(
                 message["data"]
             )
         return messages
@@ -233,7 +252,13 @@ class Harness:
         """Return the one message for ``rank``, an OK."""
         (message,) = self.take(rank)
         assert message["type"] == "released"
-        return message
+        return nothing_ahead(message)
+
+    def granted(self, rank: int) -> dict[str, Any]:
+        """Return the one message for ``rank``, a grant."""
+        (message,) = self.take(rank)
+        assert message["type"] == "granted"
+        return nothing_ahead(message)
 
     def weights(self, rank: int, message: dict[str, Any]) -> list[Tensor]:
         """Return the weights that ``rank`` has got with ``message``."""
@@ -546,6 +571,187 @@ def test_pull_waits_for_nobody() -> None:
     assert_weights(harness.weights(1, message), -LR)
 
 
+# --- data on demand ---------------------------------------------------------------------------------------------------
+
+PLAN = [0, 4, 1, 2, 2]  # 4 batches for 2 workers
+
+
+@pytest.mark.parametrize("shared", SHARED)
+@pytest.mark.parametrize("paradigm", [ASP(), BSP()], ids=repr)
+def test_a_push_of_a_lease_that_was_taken_back_changes_nothing(
+    paradigm: Paradigm, shared: bool, tmp_path: Path
+) -> None:
+    harness = Harness(copy.deepcopy(paradigm), folder=str(tmp_path), hands_out=True)
+    harness.start(shared)
+    for rank in (0, 1):
+        harness.request(rank, PLAN)
+        assert harness.granted(rank)["grant"] == [rank, rank, rank + 1, 0]
+    harness.close_connection(1)
+    harness.hello(1, shared)
+    summary = harness.ask(0, "summary")
+    for leases, refused in (([1], 1), ([0], 0), ([7], 7)):
+        harness.push(1, 8.0, leases=leases, asks=True)
+        (message,) = harness.take(1)
+        assert (message["type"], message["lease"]) == ("refused", refused)
+    assert harness.take(0) == []
+    assert_weights(list(harness.store.parameters), 0.0)
+    assert (harness.store.version, harness.ask(0, "summary")) == (0, summary)
+    harness.push(0, 2.0, leases=[0], asks=True)
+    message = harness.released(0)
+    assert message["grant"] == [2, 1, 2, 1], "the batch of the other"
+    assert_weights(harness.weights(0, message), -LR * 2.0)
+    harness.request(1)
+    message = harness.granted(1)
+    assert (message["grant"], message["version"]) == ([3, 2, 3, 1], 1)
+    assert_weights(harness.weights(1, message), -LR * 2.0)
+    harness.push(1, 4.0, leases=[3])
+    harness.push(0, 4.0, leases=[2])
+    assert_weights(list(harness.store.parameters), -LR * (6.0 if paradigm.averages else 10.0))
+
+
+@pytest.mark.parametrize("shared", SHARED)
+def test_a_push_that_asks_gets_weights_and_grant_in_one_message(shared: bool, tmp_path: Path) -> None:
+    harness = Harness(SSP(0), folder=str(tmp_path), hands_out=True)
+    harness.start(shared)
+    for rank in (0, 1):
+        harness.request(rank, PLAN)
+        harness.granted(rank)
+    harness.push(0, 1.0, leases=[0], asks=True)
+    assert harness.take(0) == [], "the gate is closed"
+    harness.push(1, 2.0, leases=[1], asks=True)
+    for rank, lease in ((1, 2), (0, 3)):
+        message = harness.released(rank)
+        assert (message["version"], message["clock"], message["lead"]) == (2, 1, 0)
+        assert message["grant"] == [lease, lease, lease + 1, 1]
+        assert_weights(harness.weights(rank, message), -LR * 3.0)
+    harness.push(1, 2.0, leases=[2])
+    harness.push(0, 2.0, leases=[3])
+    assert [harness.released(rank)["grant"] for rank in (0, 1)] == [None, None], "nobody has asked"
+
+
+@pytest.mark.parametrize("shared", SHARED)
+def test_a_granted_request_brings_the_weights_of_now(shared: bool, tmp_path: Path) -> None:
+    harness = Harness(ASP(), folder=str(tmp_path), hands_out=True)
+    harness.start(shared)
+    harness.request(0, PLAN)
+    harness.granted(0)
+    harness.push(0, 2.0, leases=[0])
+    harness.released(0)
+    if shared:
+        assert_weights(harness.weights(1, {"nbytes": 0}), 0.0)
+    harness.request(1, PLAN)
+    message = harness.granted(1)
+    assert (message["grant"], message["version"]) == ([1, 1, 2, 1], 1)
+    assert_weights(harness.weights(1, message), -LR * 2.0)
+    harness.push(1, 2.0, leases=[1])
+    assert harness.released(1)["staleness"] == 0
+    harness.request(1, leases=[])
+    harness.granted(1)
+    harness.request(1, leases=[2])  # a step that was skipped
+    message = harness.granted(1)
+    assert (message["grant"], message["nbytes"]) == ([3, 3, 4, 1], 0), "it has the weights of now"
+    harness.request(0)
+    assert harness.take(0) == [], "what rank 1 holds may come back"
+    harness.push(1, 2.0, leases=[3], asks=True)
+    over = [NONE_LEFT, 4, 4, 2]
+    message = harness.granted(0)
+    assert (message["grant"], message["version"], harness.released(1)["grant"]) == (over, 3, over)
+    assert_weights(harness.weights(0, message), -LR * 6.0)
+
+
+@pytest.mark.parametrize("shared", SHARED)
+def test_the_mean_of_a_round_whose_pushers_all_wait_for_batches_is_taken(shared: bool, tmp_path: Path) -> None:
+    harness = Harness(BSP(), world_size=3, folder=str(tmp_path), hands_out=True)
+    harness.start(shared)
+    harness.close_connection(2)
+    harness.hello(2, shared)
+    for rank in (0, 1):
+        harness.request(rank, [0, 3, 1, 1, 1])
+        harness.granted(rank)
+    harness.push(0, 1.0, leases=[0], asks=True)
+    assert harness.store.version == 0
+    harness.push(1, 5.0, leases=[1], asks=True)
+    assert harness.take(0) == harness.take(1) == [], "the last batch is kept for rank 2"
+    assert_weights(list(harness.store.parameters), -LR * 3.0)
+    harness.request(2, [0, 3, 1, 1, 1])
+    message = harness.granted(2)
+    assert (message["grant"], message["version"]) == ([2, 2, 3, 0], 1)
+    assert_weights(harness.weights(2, message), -LR * 3.0)
+    harness.push(2, 2.0, leases=[2], asks=True)
+    for rank in range(3):
+        message = harness.released(rank)
+        assert (message["grant"], message["version"]) == ([NONE_LEFT, 3, 3, 1], 2)
+        assert_weights(harness.weights(rank, message), -LR * 5.0)
+
+
+@pytest.mark.parametrize("shared", SHARED)
+def test_the_gradient_of_who_is_lost_amid_a_round_counts_beside_that_of_its_successor(
+    shared: bool, tmp_path: Path
+) -> None:
+    harness = Harness(BSP(), folder=str(tmp_path), hands_out=True)
+    harness.start(shared)
+    for rank in (0, 1):
+        harness.request(rank, PLAN)
+        harness.granted(rank)
+    harness.push(1, 1.0, leases=[1])
+    harness.close_connection(1)
+    harness.hello(1, shared)
+    harness.request(1, PLAN)
+    assert harness.granted(1)["grant"] == [2, 2, 3, 1]
+    harness.push(1, 3.0, leases=[2])
+    harness.push(0, 8.0, leases=[0])
+    for rank in (0, 1):
+        message = harness.released(rank)
+        assert message["version"] == 1
+        assert_weights(harness.weights(rank, message), -LR * 4.0)
+
+
+def test_the_gradient_of_who_is_lost_is_in_the_weights_when_the_rest_has_met() -> None:
+    harness = Harness(BSP(), hands_out=True)
+    harness.start()
+    harness.push(1, 6.0)
+    harness.close_connection(1)
+    assert harness.store.version == 0
+    harness.sync(0, "the end of an epoch")
+    (message,) = harness.take(0)
+    assert (message["type"], message["version"]) == ("synced", 1)
+    assert_weights(harness.weights(0, message), -LR * 6.0)
+
+
+def test_another_plan_fails_the_run() -> None:
+    harness = Harness(ASP(), hands_out=True)
+    harness.start()
+    harness.request(0, PLAN)
+    harness.granted(0)
+    harness.request(1, [0, 6, 1, 3, 3])
+    text = harness.failure(0)["text"]
+    assert text == harness.failure(1)["text"]
+    assert text.startswith("rank 1 asks for a batch: a worker goes on with Plan(epoch=0, batches=6, each=1, steps=3, ")
+
+
+@pytest.mark.parametrize("plan", [[0, -4, 1, 2, 2], [0, 4, 0, 2, 2], [0, 4, 1, 2, 3], [0, 1, 1, 1, 1], [0, 4, 1, 0, 0]])
+def test_an_impossible_plan_fails_the_run_with_its_numbers(plan: list[int]) -> None:
+    harness = Harness(ASP(), hands_out=True)
+    harness.start()
+    harness.request(1, plan)
+    text = harness.failure(0)["text"]
+    numbers = "Plan(epoch={}, batches={}, each={}, steps={}, until={}, prefetch=0)".format(*plan)
+    assert text.startswith(f"rank 1 asks for a batch: {numbers} cannot be shared by 2 workers")
+
+
+@pytest.mark.parametrize("push", [{"leases": [0]}, {"asks": True}, None], ids=repr)
+def test_where_nobody_hands_out_batches_who_asks_fails_the_run(push: dict[str, Any] | None) -> None:
+    harness = Harness(ASP())
+    harness.start()
+    if push is None:
+        harness.request(1, PLAN)
+    else:
+        harness.push(1, **push)
+    text = harness.failure(0)["text"]
+    assert "rank 1 " in text
+    assert "nobody hands them out" in text
+
+
 # --- thresholds ---------------------------------------------------------------------------------------------------
 
 
@@ -680,6 +886,7 @@ def test_summary_counts() -> None:
     harness.sync(0, wait_s=0.25, compute_s=1.0)
     assert harness.ask(1, "summary") == {
         "paradigm": "SSP(threshold=2)",
+        "thresholds": {"threshold": 2},
         "apply": "Plain()",
         "updates": 3,
         "phases": [{"thresholds": {"threshold": 2}, "since": 0, "max_lead": 2}],
@@ -848,29 +1055,15 @@ def test_a_goodbye_that_comes_with_the_end_of_the_connection_counts() -> None:
 def test_a_push_of_an_impossible_size_is_refused(nbytes: int) -> None:
     harness = Harness(ASP())
     harness.start()
-    message = {
-        "optimizer": 0,
-        "used": [True] * len(harness.store.places(0)),
-        "options": [],
-        "clip": None,
-        "whole": True,
-    }
-    harness.send(0, "push", **message, nbytes=nbytes, wait_s=0.0, compute_s=0.0)
+    harness.send(0, "push", **{**PUSH, "nbytes": nbytes})
     assert f"a push of {nbytes} bytes" in harness.failure(1)["text"]
 
 
 def test_a_push_before_the_last_is_complete_is_refused() -> None:
     harness = Harness(ASP())
     harness.start()
-    message = {
-        "optimizer": 0,
-        "used": [True] * len(harness.store.places(0)),
-        "options": [],
-        "clip": None,
-        "whole": True,
-    }
     for _ in range(2):
-        harness.send(0, "push", **message, nbytes=8, wait_s=0.0, compute_s=0.0)
+        harness.send(0, "push", **{**PUSH, "nbytes": 8})
     assert "with 8 of the last one missing" in harness.failure(1)["text"]
 
 
@@ -981,10 +1174,10 @@ def test_another_error_of_the_socket_is_a_failure() -> None:
 ALL = [True, True]
 PUSH = {
     **{"optimizer": 0, "used": ALL, "options": [{}], "clip": None, "whole": True},
-    **{"nbytes": 28, "wait_s": 0.0, "compute_s": 0.0},
+    **{"leases": [], "asks": False, "nbytes": 28, "wait_s": 0.0, "compute_s": 0.0},
 }
 
-RELEASED = {"version": 0, "clock": 0, "lead": 0, "staleness": 0, "applied": True, "nbytes": 0}
+RELEASED = {"version": 0, "clock": 0, "lead": 0, "staleness": 0, "applied": True, "grant": None, "nbytes": 0}
 
 
 @pytest.mark.parametrize(
@@ -997,6 +1190,26 @@ RELEASED = {"version": 0, "clock": 0, "lead": 0, "staleness": 0, "applied": True
         ([wire.encode_message("push", **{**PUSH, "optimizer": 1})], "a push for optimizer 1"),
         ([wire.encode_message("push", **{**PUSH, "optimizer": -1})], "a push for optimizer -1"),
         ([wire.encode_message("push", **{**PUSH, "used": [True]})], "a push for 1 parameters"),
+        ([wire.encode_message("push", **{**PUSH, "leases": ["0"]})], "['0'] where numbers belong"),
+        ([wire.encode_message("push", **{**PUSH, "leases": [1.0]})], "[1.0] where numbers belong"),
+        ([wire.encode_message("push", **{**PUSH, "leases": [False]})], "[False] where numbers belong"),
+        ([wire.encode_message("push", **{**PUSH, "leases": [[0]]})], "[[0]] where numbers belong"),
+        ([wire.encode_message("push", **{**PUSH, "leases": 0})], "a 'push' message with leases=0"),
+        ([wire.encode_message("push", **{**PUSH, "asks": 1})], "a 'push' message with asks=1"),
+        ([wire.encode_message("request", leases=[None], plan=None)], "[None] where numbers belong"),
+        ([wire.encode_message("request", leases=None, plan=None)], "a 'request' message with leases=None"),
+        ([wire.encode_message("request", leases=[], plan={})], "a 'request' message with plan={}"),
+        ([wire.encode_message("request", leases=[], plan=[0, 4, 1, 2])], "[0, 4, 1, 2] is no plan of an epoch"),
+        ([wire.encode_message("request", leases=[], plan=[0, 4, 1, 2, 2, 0, 0])], "[0, 4, 1, 2, 2, 0, 0] is no"),
+        ([wire.encode_message("request", leases=[], plan=[])], "[] is no plan of an epoch"),
+        ([wire.encode_message("request", leases=[], plan=[0, 4, 1, 2, "2", 0])], "[0, 4, 1, 2, '2', 0] where numbers"),
+        (
+            [wire.encode_message("request", leases=[], plan=[0, 4, 1, 2, True, 0])],
+            "[0, 4, 1, 2, True, 0] where numbers",
+        ),
+        ([wire.encode_message("request", leases=[], plan=[0, 4.0, 1, 2, 2, 0])], "[0, 4.0, 1, 2, 2, 0] where numbers"),
+        ([wire.encode_message("granted", version=0, grant=[0, 0, 1, 0], nbytes=0)], "unexpected 'granted'"),
+        ([wire.encode_message("refused", lease=0)], "unexpected 'refused'"),
         ([wire.encode_message("optimizer_state", optimizer=3)], "a question about optimizer 3"),
         ([wire.encode_message("thresholds", values={b"threshold": 1})], "thresholds={b'threshold': 1}"),
         ([wire.encode_message("thresholds", values=[3])], "a 'thresholds' message with values=[3]"),
@@ -1052,6 +1265,7 @@ STRANGE: dict[str, list[bytes]] = {
     "a rank too large": [wire.encode_message("hello", rank=2, pid=1, shared=False)],
     "a negative rank": [wire.encode_message("hello", rank=-1, pid=1, shared=False)],
     "a rank that is taken": [wire.encode_message("hello", rank=1, pid=1, shared=False)],
+    "a request": [wire.encode_message("request", leases=[], plan=[0, 4, 1, 2, 2])],
     "an abort": [wire.encode_message("abort", kind="error", text="boom")],
 }
 

@@ -38,7 +38,7 @@ def as_apply_rule(apply: str | ApplyRule, averages: bool = False) -> ApplyRule:
     if averages and type(rule) is not Plain:
         raise ValueError(
             f"apply={apply!r} is a rule for stale gradients, and a paradigm that averages a round has none: leave "
-            "apply='plain', or write paradigm='asp', 'ssp' or 'dssp'"
+            "apply='plain', or write paradigm='asp', 'ssp', 'dssp' or 'bounded-delay'"
         )
     try:
         cloudpickle.dumps(rule)

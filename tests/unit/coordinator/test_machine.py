@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.unit.coordinator.machine import Machine, events
+from tests.unit.coordinator.machine import Machine, events, reached
 
 EVENTS = int(os.environ.get("LIGHTNING_STALE_SOAK_EVENTS", "20000"))
 
@@ -28,5 +28,8 @@ def test_whatever_happens() -> None:
             ),
         )
     print(f"{events.total() - before:,} events: {dict(events)}")
+    print(f"{dict(reached)}")
     kinds = {"Join", "Push", "Arrive", "Request", "Leave", "Lose", "Abort", "SetThresholds"}
     assert min(events[kind] for kind in kinds) > EVENTS / 2_000, events
+    rare = {"over", "rounds", "epochs", "ends", "taken back", "meetings amid a segment"}
+    assert min(reached[name] for name in rare) > EVENTS / 20_000, reached
