@@ -17,7 +17,7 @@ from typing import Any
 
 NAMES = tuple(
     f"{name}{ending}"
-    for name in ("bsp", "asp", "ssp", "dssp", "dsp", "hpsgd")
+    for name in ("bsp", "asp", "ssp", "dssp", "bounded-delay", "dsp", "hpsgd")
     for ending in ("", "_spawn", "_fork", "_notebook")
 )
 _REGISTRIES = ("lightning.pytorch.strategies", "pytorch_lightning.strategies")  # lightning_stale refuses the second

@@ -63,12 +63,24 @@ class DSSP:
 
 
 @dataclass
+class BoundedDelay:
+    """``lightning_stale.BoundedDelay``."""
+
+    _target_: str = "lightning_stale.BoundedDelay"
+    delay: int | str | None = None
+    lower: int | None = None
+    upper: int | None = None
+    waiting: float = 0.02
+
+
+@dataclass
 class StaleSyncStrategy(StaleStrategy):
     """``lightning_stale.StaleSyncStrategy``."""
 
     _target_: str = "lightning_stale.StaleSyncStrategy"
     transport: str = "auto"
     apply: Any = "plain"  # a name, or a rule; the group `apply` has one schema for each
+    data: str = "auto"
 
 
 @dataclass
@@ -97,6 +109,13 @@ class DSSPStrategy(StaleSyncStrategy):
     """With its paradigm."""
 
     paradigm: DSSP = field(default_factory=DSSP)
+
+
+@dataclass
+class BoundedDelayStrategy(StaleSyncStrategy):
+    """With its paradigm."""
+
+    paradigm: BoundedDelay = field(default_factory=BoundedDelay)
 
 
 @dataclass
@@ -184,6 +203,7 @@ SCHEMAS = {
     "asp": ASPStrategy,
     "ssp": SSPStrategy,
     "dssp": DSSPStrategy,
+    "bounded-delay": BoundedDelayStrategy,
     "hpsgd": HPSGDStrategy,
     "dsp": DSPStrategy,
     "apply_ringmaster": Ringmaster,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, Literal, TypedDict
 
+from typing_extensions import NotRequired
+
 EntryName = Literal["lightning_stale", "lightning_stale_hpsgd"]
 """Names are in files: they stay."""
 
@@ -21,6 +23,8 @@ class ServerEntry(TypedDict):
     """Counts of another number of workers are left out."""
     apply: dict[str, Any]
     """The apply rule, and what it keeps between pushes."""
+    data: NotRequired[dict[str, Any]]
+    """Amid an epoch whose batches are handed out: which of them are trained."""
     phases: list[dict[str, Any]]
     workers: list[dict[str, Any]]
 

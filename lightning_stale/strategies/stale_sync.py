@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, cast
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch.utils.data import DataLoader
 
+from lightning_stale.data.loader import OnDemandLoader, why_not, with_shards
+from lightning_stale.data.on_demand import why_not_here
 from lightning_stale.failures import RunFailedError
-from lightning_stale.paradigms import PARADIGMS, Paradigm, as_paradigm
+from lightning_stale.paradigms import PARADIGMS, BoundedDelay, Paradigm, as_paradigm
 from lightning_stale.parameter_server.apply import ApplyRule, Plain, as_apply_rule
 from lightning_stale.parameter_server.client import Release, Transport
 from lightning_stale.parameter_server.process import ServerProcess
@@ -27,19 +32,23 @@ class StaleSyncStrategy(StaleStrategy):
     validation and checkpoints, at the end of an epoch and at the end of ``fit``.
 
     Args:
-        paradigm: ``"bsp"``, ``"asp"``, ``"ssp"``, ``"dssp"``, or a paradigm such as ``SSP(threshold=5)``.
+        paradigm: ``"bsp"``, ``"asp"``, ``"ssp"``, ``"dssp"``, ``"bounded-delay"``, or a paradigm such as
+            ``SSP(threshold=5)``.
         transport: ``"auto"``: shared memory for workers on the server's host, TCP for others; ``"tcp"`` or ``"shm"``
             for all.
         apply: how the server uses a gradient that was computed on older weights: ``"plain"`` (as it is),
             ``"ringmaster"``, ``"delay-compensated"``, ``"dana"``, ``"scaled"``, or an
             :class:`~lightning_stale.ApplyRule` such as ``Ringmaster(R=8)``.
+        data: ``"on-demand"``: whoever is free gets the next batch of the epoch; ``"shards"``: every worker has its own
+            part of it, and an epoch lasts as long as the slowest takes for its own; ``"auto"``: on demand with
+            ``"bounded-delay"``, wherever Lightning chooses the order of the training data, and otherwise shards.
         **kwargs: those of :class:`~lightning_stale.strategies.base.StaleStrategy`: ``start_method``,
             ``process_group_backend``, ``timeout``, ``accelerator``, ``cluster_environment``, ``checkpoint_io``,
             ``precision_plugin``.
 
     Raises:
-        ValueError: for an unknown paradigm, transport or apply rule, or a rule with a paradigm that has no use for one
-            (``"bsp"``).
+        ValueError: for an unknown paradigm, transport, apply rule or way to share data, or a rule with a paradigm that
+            has no use for one (``"bsp"``).
         TypeError: for a paradigm that is neither a name nor a ``Paradigm``, and likewise for a rule.
 
     Example::
@@ -49,8 +58,8 @@ class StaleSyncStrategy(StaleStrategy):
         >>> strategy = StaleSyncStrategy(paradigm=DSSP(lower=3, upper=15))
         >>> trainer = Trainer(accelerator="cpu", devices=1, strategy=strategy, logger=False, enable_checkpointing=False)
         >>> trainer.strategy.summary()   # doctest: +NORMALIZE_WHITESPACE
-        {'paradigm': 'DSSP(lower=3, upper=15, enforce_upper=True)', 'apply': 'Plain()', 'updates': 0, 'phases': [],
-         'workers': []}
+        {'paradigm': 'DSSP(lower=3, upper=15, enforce_upper=True)', 'thresholds': {'lower': 3, 'upper': 15},
+         'apply': 'Plain()', 'updates': 0, 'phases': [], 'workers': []}
     """
 
     _entry = "lightning_stale"
@@ -61,12 +70,16 @@ class StaleSyncStrategy(StaleStrategy):
         paradigm: str | Paradigm = "dssp",
         transport: Transport = "auto",
         apply: str | ApplyRule = "plain",
+        data: Literal["auto", "on-demand", "shards"] = "auto",
         **kwargs: Any,
     ) -> None:
         if transport not in ("auto", "shm", "tcp"):
             raise ValueError(f"transport={transport!r} is unknown: write 'auto', 'shm' or 'tcp'")
         if transport == "shm" and not memory.supported():
             raise ValueError("transport='shm' needs Linux: write transport='auto' or 'tcp'")
+        if data not in ("auto", "on-demand", "shards"):
+            raise ValueError(f"data={data!r} is unknown: write 'auto', 'on-demand' or 'shards'")
+        self.data = data
         self._update: ServerUpdate
         gate = as_paradigm(paradigm)
         self.apply = as_apply_rule(apply, gate.averages)
@@ -74,13 +87,7 @@ class StaleSyncStrategy(StaleStrategy):
         names = [name for name, kind in PARADIGMS.items() if type(self.paradigm) is kind]
         self._registered = names[0] if names else "dssp"
         self.transport = transport
-        self._summary: dict[str, Any] = {
-            "paradigm": repr(self.paradigm),
-            "apply": repr(self.apply),
-            "updates": 0,
-            "phases": [],
-            "workers": [],
-        }
+        self._summary: dict[str, Any] | None = None  # of the last fit, here or in processes that it has started
 
     @property
     def paradigm(self) -> Paradigm:
@@ -91,15 +98,23 @@ class StaleSyncStrategy(StaleStrategy):
         """Return what was counted, on every rank, while ``fit`` runs and after it.
 
         Returns:
-            ``{"paradigm": str, "apply": str, "updates": int, "phases": [...], "workers": [...]}``: paradigm and apply
-            rule as they are now, with a dict per worker: ``rank``, ``pushes``, ``refused`` (those that the rule did not
+            ``{"paradigm": str, "thresholds": dict, "apply": str, "updates": int, "phases": [...], "workers": [...]}``:
+            paradigm, its thresholds (of bounded delay, the delay in force) and apply rule as they are now, or were when
+            ``fit`` ended, with a dict per worker: ``rank``, ``pushes``, ``refused`` (those that the rule did not
             apply), ``max_lead`` and ``mean_lead`` (clocks, at release), ``max_staleness`` and ``mean_staleness``
             (updates, of all pushes), ``wait_s`` and ``compute_s`` (seconds); and one per
             setting of the thresholds, see :meth:`set_thresholds`: ``thresholds``, ``since`` (the updates before it) and
             ``max_lead`` of all workers under it.
         """
         self._summary = self._update.summary() or self._summary
-        return self._summary
+        return self._summary or {
+            "paradigm": repr(self.paradigm),
+            "thresholds": self.paradigm.thresholds,
+            "apply": repr(self.apply),
+            "updates": 0,
+            "phases": [],
+            "workers": [],
+        }
 
     @property
     def last_release(self) -> Release | None:
@@ -116,8 +131,8 @@ class StaleSyncStrategy(StaleStrategy):
         paradigm was made with, unless a :class:`~lightning_stale.ThresholdSchedule` has changed them.
 
         Args:
-            **thresholds: under the names that the paradigm has for them, ``threshold=8`` or ``lower=1, upper=6``; those
-                left out stay as they are.
+            **thresholds: under the names that the paradigm has for them, ``threshold=8``, ``lower=1, upper=6`` or
+                ``delay=8``; those left out stay as they are.
 
         Raises:
             ValueError: if the paradigm has no such thresholds, or for an impossible value.
@@ -141,12 +156,45 @@ class StaleSyncStrategy(StaleStrategy):
     def _connects(self, trainer: Trainer) -> bool:
         return trainer.state.fn == TrainerFn.FITTING  # one worker has a server too
 
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Workers that are granted batches all have the whole order of the epoch."""
+        if self._grants_batches(self._require_trainer()):
+            return {"num_replicas": 1, "rank": 0}
+        return super().distributed_sampler_kwargs
+
+    def _grants_batches(self, trainer: Trainer) -> bool:
+        wanted = self.data == "on-demand" or (self.data == "auto" and isinstance(self.paradigm, BoundedDelay))
+        return wanted and trainer.training and self.world_size > 1
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Let the training loader have the batches that this worker is granted, or its shard."""
+        trainer = self._require_trainer()
+        if not self._grants_batches(trainer):
+            return super().process_dataloader(dataloader)
+        reason = why_not(dataloader) or why_not_here(trainer)
+        if reason is None:
+            loader = cast(DataLoader[Any], dataloader)
+            prefetch = loader.num_workers * (loader.prefetch_factor or 0)
+            next_batch = self._update.hand_out_batches(trainer, self.world_size, prefetch)
+            return OnDemandLoader(loader, self.world_size, next_batch)
+        if self.data == "on-demand":
+            raise MisconfigurationException(f"data='on-demand', but {reason}: write data='shards'")
+        unbounded = f", so that {self.paradigm!r} bounds nothing" if isinstance(self.paradigm, BoundedDelay) else ""
+        rank_zero_info(f"Every worker has training data of its own{unbounded}: {reason}.")
+        return with_shards(dataloader, super().distributed_sampler_kwargs)
+
     def setup(self, trainer: Trainer) -> None:
         """Set up, and leave clipping to the server where it steps with the mean of a round."""
         super().setup(trainer)
         if trainer.state.fn != TrainerFn.FITTING:
             return
         self.apply.check(self.optimizers)
+        if self.data == "shards" and isinstance(self.paradigm, BoundedDelay) and self.world_size > 1:
+            rank_zero_warn(
+                f"paradigm={self.paradigm!r} bounds how long a batch that was handed out stays open, and with "
+                "data='shards' none is: nobody waits, as with 'asp'. Write data='auto', or paradigm='asp' or 'ssp'."
+            )
         if self.paradigm.averages:
             self._clip_with(self._update.note_clipping)
 
@@ -160,4 +208,5 @@ class StaleSyncStrategy(StaleStrategy):
 
     def __repr__(self) -> str:
         apply = "" if type(self.apply) is Plain else f", apply={self.apply!r}"
-        return f"{type(self).__name__}(paradigm={self.paradigm!r}, transport={self.transport!r}{apply})"
+        data = "" if self.data == "auto" else f", data={self.data!r}"
+        return f"{type(self).__name__}(paradigm={self.paradigm!r}, transport={self.transport!r}{apply}{data})"

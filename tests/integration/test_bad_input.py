@@ -34,9 +34,17 @@ from tests.integration.models import Regression, assert_same, loader, trainer, w
         (lambda: DSSP(lower=1, upper=2.0), ValueError, ["upper=2.0", "integer >= 0"]),
         (lambda: DSSP(lower=5, upper=2), ValueError, ["lower=5, upper=2", "DSSP(lower=2, upper=5)"]),
         (lambda: DSSP(enforce_upper=1), ValueError, ["enforce_upper=1", "True or False"]),
-        (lambda: StaleSyncStrategy(paradigm="sssp"), ValueError, ["'sssp'", "'bsp', 'asp', 'ssp', 'dssp'", "DSSP("]),
+        (
+            lambda: StaleSyncStrategy(paradigm="sssp"),
+            ValueError,
+            ["'sssp'", "'bsp', 'asp', 'ssp', 'dssp', 'bounded-delay'", "DSSP("],
+        ),
         (lambda: StaleSyncStrategy(paradigm=DSSP), TypeError, ["DSSP is a class", "write DSSP()"]),
-        (lambda: StaleSyncStrategy(paradigm=3), TypeError, ["paradigm=3", "'bsp', 'asp', 'ssp', 'dssp'"]),
+        (
+            lambda: StaleSyncStrategy(paradigm=3),
+            TypeError,
+            ["paradigm=3", "'bsp', 'asp', 'ssp', 'dssp', 'bounded-delay'"],
+        ),
         (lambda: StaleSyncStrategy(transport="udp"), ValueError, ["'udp'", "'auto', 'shm' or 'tcp'"]),
         (lambda: L.Trainer(accelerator="cpu", strategy="dsssp"), ValueError, ["invalid strategy name", "'dsssp'"]),
     ],
@@ -182,7 +190,7 @@ import traceback
 
 from lightning_stale import DSPStrategy, HPSGDStrategy, StaleSyncStrategy
 
-strategies = ["bsp", "asp", "ssp", "dssp", "DSSP", "hpsgd", "dsp", "dsp_notebook", "hpsgd_fork"]
+strategies = ["bsp", "asp", "ssp", "dssp", "DSSP", "bounded-delay", "hpsgd", "dsp", "dsp_notebook", "hpsgd_fork"]
 strategies += [StaleSyncStrategy(paradigm="ssp"), HPSGDStrategy(), DSPStrategy()]
 for strategy in strategies:
     try:
@@ -203,7 +211,7 @@ print("OURS:", lightning.Trainer(accelerator="cpu", devices=2, strategy="dssp", 
 def test_the_twin_package_is_refused(imports: str, tmp_path: Path) -> None:
     output = run_script(TWIN_SCRIPT.format(imports=imports), tmp_path).output
     refused = [line for line in output.splitlines() if line.startswith("REFUSED")]
-    assert len(refused) == 12, output
+    assert len(refused) == 13, output
     for line in refused:
         assert "`pytorch_lightning`" in line
         assert "write `from lightning import LightningModule, Trainer`" in line

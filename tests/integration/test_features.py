@@ -443,8 +443,9 @@ def test_callbacks_loggers_and_what_follows_fit_with_two_workers(tmp_path: Path)
 
     for result in (first, second):
         for summary in (result["summary"], result["second summary"], *result["summaries"]):
-            assert summary.keys() == {"paradigm", "apply", "updates", "phases", "workers"}
+            assert summary.keys() == {"paradigm", "thresholds", "apply", "updates", "phases", "workers"}
             assert summary["paradigm"] == "SSP(threshold=2)"
+            assert summary["thresholds"] == {"threshold": 2}
             assert [phase["thresholds"] for phase in summary["phases"]] == [{"threshold": 2}]
             assert [worker["rank"] for worker in summary["workers"]] == [0, 1]
             assert all(worker.keys() == WORKER_KEYS for worker in summary["workers"])

@@ -16,7 +16,7 @@ from tests.integration.hydra_template.digits import DigitsModule
 from tests.integration.hydra_template.train import train
 from tests.integration.models import assert_same, weights
 
-STRATEGIES = ["bsp", "asp", "ssp", "dssp", "hpsgd", "dsp"]
+STRATEGIES = ["bsp", "asp", "ssp", "dssp", "bounded-delay", "hpsgd", "dsp"]
 
 
 def check_job(folder: Path) -> None:

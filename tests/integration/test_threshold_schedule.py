@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,15 @@ import lightning as L
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_stale import DSSP, SSP, StalenessMonitor, StaleSyncStrategy, StragglerInjection, ThresholdSchedule
+from lightning_stale import (
+    DSSP,
+    SSP,
+    BoundedDelay,
+    StalenessMonitor,
+    StaleSyncStrategy,
+    StragglerInjection,
+    ThresholdSchedule,
+)
 from lightning_stale.paradigms import Paradigm
 from tests.integration.harness import run_workers, signal_test, wait_for_file
 from tests.integration.models import Regression, loader, trainer
@@ -84,6 +93,75 @@ def test_rank_0_changes_thresholds_amid_a_batch(tmp_path: Path) -> None:
         assert leads == [(1, 1), (3, 3), (0, 0), (7, 0)]
         assert [worker["pushes"] for worker in result["workers"]] == [12, 12]
         assert result["here"] == {"threshold": 7}
+
+
+# --- bounded delay ----------------------------------------------------------------------------------------------------
+
+
+class StalenessByEpoch(L.Callback):
+    def __init__(self) -> None:
+        self.seen: dict[int, list[int]] = {}
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.setdefault(trainer.current_epoch, []).append(trainer.strategy.last_release.staleness)
+
+
+def fit_with_delays(rank: int, milestones: Any) -> tuple[dict[int, list[int]], dict[str, Any]]:
+    slow = StragglerInjection(factors={1: 4.0}, probability=0.3, slowdown=4.0, step_s=0.002, seed=5)
+    strategy, staleness = StaleSyncStrategy(paradigm=BoundedDelay(7)), StalenessByEpoch()
+    callbacks = [slow, StalenessMonitor(), staleness, ThresholdSchedule(milestones=milestones)]
+    trainer(3, strategy, max_epochs=3, callbacks=callbacks).fit(Regression(), loader(samples=3 * 8 * BATCHES))
+    return staleness.seen, {**strategy.summary(), "here": strategy.paradigm.thresholds}
+
+
+def test_from_the_first_batch_of_an_epoch_no_gradient_is_staler_than_its_delay_allows(tmp_path: Path) -> None:
+    delays = [{"delay": 7}, {"delay": 1}, {"delay": 2}]
+    results = run_workers(fit_with_delays, 3, tmp_path, {1: delays[1], 2: delays[2]})
+    for _, summary in results:
+        assert [phase["thresholds"] for phase in summary["phases"]] == delays
+        assert [phase["since"] for phase in summary["phases"]] == [0, 3 * BATCHES, 6 * BATCHES]
+        assert summary["thresholds"] == summary["here"] == delays[-1]
+        assert summary["paradigm"] == "BoundedDelay(delay=2)"
+    for epoch, thresholds in enumerate(delays):
+        staleness = [seen for each, _ in results for seen in each[epoch]]
+        assert len(staleness) == 3 * BATCHES
+        assert max(staleness) <= (thresholds["delay"] - 1) + (3 - 1)
+    assert [max(each[1]) for each, _ in results] == [0, 0, 0], "a delay of one is sequential"
+
+
+class DelayInterplay(L.Callback):
+    """Amid its first batch, rank 0 waits until rank 1 has begun all that it may, and changes the delay: twice."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.batches = 0
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.batches += 1
+        if trainer.global_rank == 1:
+            signal_test(self.folder, f"start {self.batches}")
+        elif self.batches == 1:
+            deadline = time.monotonic() + 60
+            while trainer.strategy.summary()["updates"] == 0:  # rank 1's first; for more it has to wait, or will
+                assert time.monotonic() < deadline, "rank 1 has not pushed"
+                time.sleep(0.02)
+            trainer.strategy.set_thresholds(delay=5)
+            wait_for_file(self.folder / "start 4")
+            trainer.strategy.set_thresholds(delay=1)
+
+
+def fit_delay_interplay(rank: int, folder: Path) -> dict[str, Any]:
+    strategy = StaleSyncStrategy(paradigm=BoundedDelay(2))
+    trainer(2, strategy, max_epochs=1, callbacks=[DelayInterplay(folder)]).fit(Regression(), loader(samples=2 * 8 * 12))
+    return {**strategy.summary(), "here": strategy.paradigm.thresholds}
+
+
+def test_rank_0_changes_the_delay_amid_a_batch(tmp_path: Path) -> None:
+    """Would hang if a longer delay gave nobody a batch who waits for one, or a shorter one let nobody catch up."""
+    for result in run_workers(fit_delay_interplay, 2, tmp_path, tmp_path):
+        assert [phase["thresholds"]["delay"] for phase in result["phases"]] == [2, 5, 1]
+        assert sum(worker["pushes"] for worker in result["workers"]) == 24
+        assert result["thresholds"] == result["here"] == {"delay": 1}
 
 
 # --- interrupted runs -------------------------------------------------------------------------------------------------

@@ -220,7 +220,7 @@ class Normed(LightningModule):
         self.net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
 
 
-@pytest.mark.parametrize("name", ["bsp", "dssp", "hpsgd", "dsp", "dsp_fork", "hpsgd_spawn"])
+@pytest.mark.parametrize("name", ["bsp", "dssp", "bounded-delay", "hpsgd", "dsp", "dsp_fork", "hpsgd_spawn"])
 @pytest.mark.parametrize("refused", ["sync_batchnorm", "max_time"])
 def test_what_no_rank_could_run_starts_none(
     name: str, refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -235,7 +235,7 @@ def test_what_no_rank_could_run_starts_none(
     assert started == []
 
 
-@pytest.mark.parametrize("name", ["bsp", "dssp", "hpsgd", "dsp"])
+@pytest.mark.parametrize("name", ["bsp", "dssp", "bounded-delay", "hpsgd", "dsp"])
 def test_a_notebook_is_told_the_name_to_write(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     writes = f"{name}_notebook"
     monkeypatch.setattr("lightning.pytorch.trainer.connectors.accelerator_connector._IS_INTERACTIVE", True)
@@ -255,12 +255,29 @@ def test_a_notebook_is_told_the_name_to_write(name: str, monkeypatch: pytest.Mon
         ({"paradigm": 3}, TypeError, "paradigm=3"),
         ({"transport": "udp"}, ValueError, "transport='udp' is unknown: write 'auto', 'shm' or 'tcp'"),
         ({"transport": None}, ValueError, "transport=None is unknown"),
+        ({"data": "on_demand"}, ValueError, "data='on_demand' is unknown: write 'auto', 'on-demand' or 'shards'"),
+        ({"data": None}, ValueError, "data=None is unknown"),
     ],
     ids=repr,
 )
 def test_bad_arguments_of_the_strategy(arguments: dict[str, Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         StaleSyncStrategy(**arguments)
+
+
+def test_before_fit_the_summary_has_the_thresholds_of_the_next() -> None:
+    strategy = StaleSyncStrategy(paradigm="bounded-delay", data="on-demand")
+    assert repr(strategy) == "StaleSyncStrategy(paradigm=BoundedDelay(delay=None), transport='auto', data='on-demand')"
+    assert strategy.summary()["thresholds"] == {"delay": 2}, "of one worker"
+    strategy.set_thresholds(delay=5)
+    assert strategy.summary() == {
+        "paradigm": "BoundedDelay(delay=5)",
+        "thresholds": {"delay": 5},
+        "apply": "Plain()",
+        "updates": 0,
+        "phases": [],
+        "workers": [],
+    }
 
 
 def test_shared_memory_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

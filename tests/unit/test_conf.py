@@ -78,7 +78,7 @@ def schemas() -> dict[str, Any]:
     return SCHEMAS
 
 
-@pytest.mark.parametrize("name", ["bsp", "asp", "ssp", "dssp", "hpsgd", "dsp"])
+@pytest.mark.parametrize("name", [*PARADIGMS, "hpsgd", "dsp"])
 def test_the_schemas_of_strategies_are_their_constructors(name: str) -> None:
     target = OmegaConf.structured(schemas()[name])["_target_"]
     cls = getattr(lightning_stale, target.rpartition(".")[2])
@@ -89,7 +89,7 @@ def test_the_schemas_of_strategies_are_their_constructors(name: str) -> None:
     if name in PARADIGMS:
         assert expected.pop("paradigm") in PARADIGMS
         paradigm = fields.pop("paradigm")
-        assert paradigm.pop("_target_") == f"lightning_stale.{name.upper()}"
+        assert paradigm.pop("_target_") == f"lightning_stale.{PARADIGMS[name].__name__}"
         assert paradigm == {k: v for k, v in parameters(PARADIGMS[name]).items() if k not in ("args", "kwargs")}
     assert fields == expected
 
@@ -107,7 +107,7 @@ def test_the_schemas_of_rules_are_their_constructors() -> None:
 
 
 LOOSER = {"start_method", "transport", "mode", "timeout", "paradigm", "interval", "queues"}
-LOOSER |= {"apply", "staleness", "split", "gather", "milestones", "outer_optimizer"}
+LOOSER |= {"apply", "data", "delay", "staleness", "split", "gather", "milestones", "outer_optimizer"}
 """What OmegaConf cannot say as the constructors do (a Literal, say), or is an object of its own."""
 
 
@@ -133,7 +133,7 @@ def test_the_types_of_the_schemas_are_those_of_the_constructors(name: str) -> No
 # --- in any app -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["bsp", "asp", "ssp", "dssp", "hpsgd", "dsp"])
+@pytest.mark.parametrize("name", [*PARADIGMS, "hpsgd", "dsp"])
 @pytest.mark.parametrize(
     "config", ["trainer: {strategy: ddp}", "defaults: [_self_]\ntrainer: {strategy: auto}", "a: 1"]
 )
@@ -154,6 +154,13 @@ def test_values_reach_the_constructors(tmp_path: Path) -> None:
     )
     assert (dsp.trainer.strategy.staleness, dsp.trainer.strategy.split) == ([4, 2, 0], ["a", "b"])
     assert isinstance(dsp.trainer.strategy.split, list)
+    bounded = ["+trainer/strategy=bounded-delay", "trainer.strategy.paradigm.delay=auto"]
+    auto = instantiate(app(*bounded, "trainer.strategy.paradigm.upper=9", "trainer.strategy.data=on-demand"))
+    assert repr(auto.trainer.strategy.paradigm) == "BoundedDelay(delay='auto', lower=None, upper=9, waiting=0.02)"
+    assert auto.trainer.strategy.data == "on-demand"
+    for name in set(PARADIGMS) - {"bounded-delay"}:
+        shares = [app(f"+trainer/strategy={name}", *more) for more in ([], ["trainer.strategy.data=on-demand"])]
+        assert [instantiate(cfg.trainer.strategy).data for cfg in shares] == ["auto", "on-demand"]
     outer = "+trainer.strategy.outer_optimizer={_target_: torch.optim.SGD, _partial_: true, lr: 0.7}"
     hpsgd = instantiate(app("+trainer/strategy=hpsgd", "trainer.strategy.interval=4", outer)).trainer.strategy
     assert (hpsgd.interval, hpsgd.outer_optimizer([torch.nn.Parameter(torch.zeros(1))]).defaults["lr"]) == (4, 0.7)
@@ -173,6 +180,20 @@ def test_values_reach_the_constructors(tmp_path: Path) -> None:
         (["+trainer/strategy=dssq"], "Could not find 'trainer/strategy/dssq'"),
         (["+trainer/strategy=asp", "+adaptation=dssp"], "adaptation_dssp.*AdaptedSSP is not a subclass of ASP"),
         (["+trainer/strategy=dssp", "+adaptation=dssp"], "adaptation_dssp.*AdaptedSSP is not a subclass of DSSP"),
+        (["+trainer/strategy=bounded-delay", "+adaptation=dssp"], "dssp.*AdaptedSSP is not a subclass of BoundedDelay"),
+        (
+            ["+trainer/strategy=bounded-delay", "trainer.strategy.paradigm.threshold=5"],
+            "'threshold' not in 'BoundedDel",
+        ),
+        (
+            ["+trainer/strategy=bounded-delay", "trainer.strategy.paradigm.delay=2.5"],
+            "'2.5' of type 'float' is incompat",
+        ),
+        (
+            ["+trainer/strategy=bounded-delay", "trainer.strategy.paradigm.waiting=much"],
+            "'much' of type 'str' could not",
+        ),
+        (["+trainer/strategy=hpsgd", "trainer.strategy.data=shards"], "Key 'data' not in 'HPSGDStrategy'"),
         (["+trainer/strategy=hpsgd", "+adaptation=dssp"], "adaptation_dssp.*Key 'paradigm' not in 'HPSGDStrategy'"),
         (["+trainer/strategy=asp", "+apply=ringmaster", "trainer.strategy.apply.r=8"], "Key 'r' not in 'Ringmaster'"),
         (["+trainer/strategy=asp", "+apply=ringmaster", "trainer.strategy.apply.R=2.5"], "not be converted to Integer"),
@@ -203,6 +224,15 @@ def test_values_out_of_range_are_the_constructors_errors(tmp_path: Path) -> None
         InstantiationException, match=r"threshold counts clocks and must be an integer >= 0.*\n.*paradigm"
     ):
         instantiate(cfg.trainer.strategy)
+    for override, message in {
+        "paradigm.delay=0": r"BoundedDelay\(delay=0\): delay counts leases.*\n.*paradigm",
+        "paradigm.delay=often": r"BoundedDelay\(delay='often'\): delay counts leases.*\n.*paradigm",
+        "paradigm.upper=9": r"lower, upper and waiting are for delay='auto'.*\n.*paradigm",
+        "data=on_demand": r"data='on_demand' is unknown: write 'auto', 'on-demand' or 'shards'.*\n.*strategy",
+    }.items():
+        cfg = an_app(tmp_path)("+trainer/strategy=bounded-delay", f"trainer.strategy.{override}")
+        with pytest.raises(InstantiationException, match=message):
+            instantiate(cfg)
 
 
 def test_adaptations(tmp_path: Path) -> None:
@@ -219,6 +249,9 @@ def test_adaptations(tmp_path: Path) -> None:
         app("+trainer/strategy=ssp", "+adaptation=schedule", *overrides).callbacks.threshold_schedule
     )
     assert (by_metric.monitor, by_epoch.milestones) == ("val_loss", {5: {"threshold": 8}})
+    overrides[-1] = "callbacks.threshold_schedule.milestones={5:{delay:4}}"
+    bounded = instantiate(app("+trainer/strategy=bounded-delay", "+adaptation=schedule", *overrides))
+    bounded.callbacks.threshold_schedule.setup(bounded.trainer, None, "fit")
 
 
 @pytest.mark.parametrize("name", RULES)

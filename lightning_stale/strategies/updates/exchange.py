@@ -12,6 +12,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch.optim import Optimizer
 
+from lightning_stale.data.on_demand import BatchesOnDemand
 from lightning_stale.parameter_server.client import ParameterClient
 from lightning_stale.parameter_server.options import read_options
 from lightning_stale.parameter_server.store import parameter_places
@@ -39,6 +40,7 @@ class Exchange:
         alone: whether this is the only worker.
         whole: whether a push brings back all weights at once, as no graph is alive then.
         guard: wraps a call that may wait for the server.
+        batches: hands out those of this worker, if they are: a push carries them, and its OK brings the next.
     """
 
     def __init__(
@@ -50,10 +52,12 @@ class Exchange:
         alone: bool,
         whole: bool,
         guard: Callable[[Callable[[], Any]], Any],
+        batches: BatchesOnDemand | None = None,
     ) -> None:
         self._client = client
         self._optimizers = optimizers
         self._guard = guard
+        self._batches = batches
         self._whole = whole
         self._behind = False  # whether a push has left weights as they were
         parameters = unique_parameters(optimizers)
@@ -114,6 +118,10 @@ class Exchange:
         clip = self._clips.pop(id(optimizer), None)
         if any(used):
             options = read_options(optimizer)
-            self._guard(lambda: self._client.push(number, indices, used, options, clip, self._whole))
+            leases, asks = (() if self._batches is None else self._batches.leases), self._batches is not None
+            push = partial(self._client.push, number, indices, used, options, clip, self._whole, leases, asks)
+            release = self._guard(push)
             self._memory.spread(None if self._whole else [p for p, u in zip(indices, used, strict=True) if u])
             self._behind = not self._whole
+            if self._batches is not None:
+                self._batches.took_step(release.grant)

@@ -26,6 +26,7 @@ def serve_weights(
     transport: Transport,
     apply: ApplyRule,
     snapshot: Mapping[str, Any] | None,
+    hands_out_batches: bool,
 ) -> Endpoint:
     """Let ``process`` serve, and return where it is.
 
@@ -37,6 +38,7 @@ def serve_weights(
         transport: of the workers, as in ``StaleSyncStrategy``.
         apply: how a gradient is used.
         snapshot: the clocks of a checkpoint.
+        hands_out_batches: whether the workers ask for batches.
     """
     topology, parameters = training.topology, unique_parameters(training.optimizers)
     layout = Layout.of(parameters)
@@ -53,6 +55,7 @@ def serve_weights(
         local_workers=topology.ranks_per_node if shares_memory else 0,
         snapshot=snapshot,
         apply=apply,
+        hands_out_batches=hands_out_batches,
     )
     return Endpoint(
         address=f"tcp://{reached_at}:{port}",

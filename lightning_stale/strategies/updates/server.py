@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_stale.coordinator.connection import CONNECT_TIMEOUT_S, ServerLostError
+from lightning_stale.coordinator.leases import Grant, Plan
+from lightning_stale.data.loader import NextBatch
+from lightning_stale.data.on_demand import BatchesOnDemand
 from lightning_stale.failures import RunFailedError
 from lightning_stale.paradigms import Paradigm
 from lightning_stale.parameter_server.apply import ApplyRule
@@ -25,6 +29,8 @@ from lightning_stale.strategies.updates.served_weights import serve_weights
 from lightning_stale.strategies.updates.server_control import ServerControl
 from lightning_stale.strategies.updates.update import Training, Update
 from lightning_stale.transport.wire import WireError
+
+_T = TypeVar("_T")
 
 
 class ServerUpdate(Update):
@@ -45,11 +51,29 @@ class ServerUpdate(Update):
         self._client: ParameterClient | None = None
         self._control: ServerControl | None = None
         self._exchange: Exchange | None = None
+        self._batches: BatchesOnDemand | None = None
         self._resumed: Mapping[str, Any] | None = None
         self._ended: Mapping[str, Any] | None = None  # the server's entry when training had ended
         self._summary: dict[str, Any] | None = None
 
     # --- training ---------------------------------------------------------------------------------------------------
+
+    def hand_out_batches(self, trainer: Trainer, workers: int, prefetch: int) -> NextBatch:
+        """Let the server hand out batches in the training that is about to start; return what asks for the next."""
+        if self._batches is None:
+            resumed = None if self._resumed is None else self._resumed.get("data")
+            self._batches = BatchesOnDemand(trainer, workers, self._request_batches, prefetch, resumed)
+        return self._batches.next_batch
+
+    def _request_batches(self, leases: Sequence[int], plan: Plan | None) -> Grant:
+        client = self._client
+        assert client is not None
+        assert self._exchange is not None
+        assert self._training is not None
+        self._exchange.look_for_changes()
+        grant: Grant = self._training.others.guard(lambda: client.request(leases, plan))
+        self._exchange.spread()
+        return grant
 
     def start(self, training: Training) -> None:
         """Let the server begin to serve, and connect to it."""
@@ -65,6 +89,7 @@ class ServerUpdate(Update):
                 transport=self._transport,
                 apply=self._apply,
                 snapshot=self._resumed,
+                hands_out_batches=self._batches is not None,
             ),
             training.check_signals,
         )
@@ -82,6 +107,7 @@ class ServerUpdate(Update):
             alone=training.topology.world_size == 1,
             whole=training.module.automatic_optimization,
             guard=training.others.guard,
+            batches=self._batches,
         )
         for optimizer in training.optimizers:
             optimizer.state.clear()  # it lives in the server now
@@ -91,6 +117,15 @@ class ServerUpdate(Update):
         """Let the time until the next push count as computing."""
         if self._client is not None:
             self._client.start_computing()
+
+    def step(self, take: Callable[[], _T]) -> _T:
+        """Run ``take``; a step that has pushed nothing (an overflow, no gradients) has done with its batches too."""
+        batches = self._batches
+        leases = () if batches is None else batches.leases
+        result = take()
+        if batches is not None and leases and batches.leases == leases:
+            batches.took_step(None)
+        return result
 
     def after_batch(self) -> None:
         """Pull the weights that other optimizers' losses may have needed until now."""
@@ -108,6 +143,8 @@ class ServerUpdate(Update):
         self._meet_and_pull(place)
         if self._exchange is not None:
             self._exchange.spread()
+        if self._batches is not None:
+            self._batches.has_met()
 
     def recover(self) -> None:
         if self._client is None:
@@ -174,7 +211,14 @@ class ServerUpdate(Update):
         return {**mine, **theirs, "param_groups": groups} if mine else mine
 
     def state_dict(self) -> Mapping[str, Any] | None:
-        return self._ended if self._client is None else self._client.snapshot()
+        return self._ended if self._client is None else self._snapshot()
+
+    def _snapshot(self) -> Mapping[str, Any]:
+        assert self._client is not None
+        snapshot = self._client.snapshot()
+        leases = snapshot.pop("leases")
+        data = None if self._batches is None else self._batches.state_dict(leases)
+        return snapshot if data is None else {**snapshot, "data": data}
 
     def load_state_dict(self, entry: Mapping[str, Any] | None) -> None:
         self._resumed = entry
@@ -190,8 +234,10 @@ class ServerUpdate(Update):
         assert self._client is not None
         if self._training.rank == 0:  # which saves
             self._take_back_optimizers()
-            self._ended = self._client.snapshot()
+            self._ended = self._snapshot()
         self.summary()
+        if self.paradigm.adapts and self._summary is not None:  # to those present, and some may have left by now
+            self._summary["thresholds"] = self.paradigm.thresholds
         self._leave(finished=True)
         self.host.stop()  # once all workers have said goodbye
 
@@ -216,7 +262,9 @@ class ServerUpdate(Update):
             self._exchange.release()
         if self._client is not None and self._training is not None:
             self._training.others.leave(finished)
-        self._exchange = self._client = self._control = self._training = None
+        if self._batches is not None:
+            self._batches.release()
+        self._exchange = self._client = self._control = self._training = self._batches = None
 
     def _take_back_optimizers(self) -> None:
         for index, optimizer in enumerate(self._optimizers):
@@ -229,9 +277,9 @@ class ServerUpdate(Update):
         self._training.others.guard(lambda: control.meet_and_pull(place, detail, timeout_s))
 
     def _note_thresholds(self, thresholds: Mapping[str, int]) -> None:
-        if thresholds != self.paradigm.thresholds:  # rank 0 has changed them
+        if thresholds != self.paradigm.thresholds:  # rank 0 has changed them, or they adapt
             self.paradigm = copy.deepcopy(self.paradigm)
-            self.paradigm.set_thresholds(0.0, **thresholds)
+            self.paradigm.follow_thresholds(thresholds)
 
     @property
     def _optimizers(self) -> Sequence[Optimizer]:

@@ -397,7 +397,11 @@ def test_names_stand_for_rules_with_default_values(name: str) -> None:
         (lambda: as_apply_rule(Dana), TypeError, r"apply=Dana is a class: write Dana\(\)"),  # type: ignore[arg-type]
         (lambda: as_apply_rule(None), TypeError, "apply=None: write one of"),  # type: ignore[arg-type]
         (lambda: StaleSyncStrategy(paradigm="bsp", apply="dana"), ValueError, "apply='dana' is a rule for stale gradi"),
-        (lambda: StaleSyncStrategy(paradigm="bsp", apply=Halve()), ValueError, "paradigm='asp', 'ssp' or 'dssp'"),
+        (
+            lambda: StaleSyncStrategy(paradigm="bsp", apply=Halve()),
+            ValueError,
+            "paradigm='asp', 'ssp', 'dssp' or 'bounded-delay'",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(make: Callable[[], Any], error: type[Exception], message: str) -> None:

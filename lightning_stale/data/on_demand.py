@@ -1,0 +1,166 @@
+"""One worker's batches: granted by the coordinator, in an epoch whose progress is that of all workers."""
+
+from __future__ import annotations
+
+import zlib
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+
+from lightning_stale.coordinator.leases import Grant, Plan, merged
+from lightning_stale.private.of_loops import EpochCounters, check_epoch, keep_schedulers_up
+
+Request = Callable[[Sequence[int], Plan | None], Grant]
+
+
+def why_not_here(trainer: Trainer) -> str | None:
+    """Return why batches cannot be handed out in this training, as the end of a sentence; ``None`` if they can."""
+    if not trainer.lightning_module.automatic_optimization:
+        return "optimization is manual: which of its steps is the last of a batch is not known"
+    return None
+
+
+class BatchesOnDemand:
+    """Asks for batches, says which leases a push carries, and lets Lightning count what all workers have done.
+
+    Progress is counted in steps of each of equal workers: ``s`` steps are over when the workers have taken ``s`` times
+    as many as there are of them. Lightning's counters (of batches, steps and what was logged), its schedulers and its
+    decisions follow it, so that they agree on all workers where they meet, and are what shards give where workers are
+    equal.
+
+    Args:
+        trainer: of this worker.
+        workers: how many there are.
+        request: asks the coordinator, with the leases that have become no push, and the plan after a meeting.
+        prefetch: how many batches the loader fetches ahead.
+        resumed: what :meth:`state_dict` returned when the checkpoint was saved that this fit goes on from.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        workers: int,
+        request: Request,
+        prefetch: int = 0,
+        resumed: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._trainer, self._workers, self._request, self._prefetch = trainer, workers, request, prefetch
+        self._resumed = resumed
+        self._epoch = -1
+        self._order = 0  # a checksum
+        self._batches = 0  # of the epoch, of all workers
+        self._rest: list[int] = []  # of them, as this fit began with the epoch
+        self._grant: Grant | None = None  # None: ask, with a plan
+        self._start = self._step = self._steps = 0  # of the epoch: where this fit begins; now; and from there on
+        self._next = 0  # among the rest
+        self._undo = keep_schedulers_up(trainer, self._unscheduled)
+
+    # --- batches ----------------------------------------------------------------------------------------------------
+
+    def next_batch(self, order: Sequence[Sequence[int]]) -> list[int]:
+        """Return which batch of the epoch is to be computed now, and then those that are likely to be next.
+
+        It waits until one is granted.
+
+        Args:
+            order: the samples of all batches of the epoch.
+        """
+        if self._grant is None:
+            if self._trainer.current_epoch != self._epoch:
+                self._begin_epoch(order)
+            self._hold(self._request((), self._plan()))
+        grant = self._grant
+        assert grant is not None
+        assert not grant.over, "a worker has asked for more than the epoch has"
+        number, self._next = self._next, self._next + 1
+        # a lease of the last step may be short, and ends there whatever the others do; all others end before it
+        ends = number >= (self._steps - 1) * self._each * self._workers
+        step = min(self._step, self._start + self._steps - (1 if ends else 2))
+        last = ends and self._next == grant.last
+        self._counters.before_batch(step * self._each + number - grant.first, last)
+        return [self._rest[one] for one in (*range(number, grant.last), *grant.ahead)]
+
+    @property
+    def leases(self) -> tuple[int, ...]:
+        """Those whose gradients the next push will have."""
+        return () if self._grant is None or self._grant.over else (self._grant.lease,)
+
+    def took_step(self, grant: Grant | None) -> None:
+        """This worker's optimizer has stepped, or was to: go on with ``grant``; without one, ask for it."""
+        if grant is None:
+            grant = self._request(self.leases, None)
+        self._hold(grant)
+        over = grant.over and self._step == self._start + self._steps
+        batches = min(self._step * self._each, int(self._trainer.num_training_batches))
+        self._counters.in_step(batches, self._step, meets=grant.over, last=over)
+
+    def has_met(self) -> None:
+        """All have met, and what this worker had not begun was taken back: ask anew."""
+        self._grant = None
+
+    def _hold(self, grant: Grant) -> None:
+        self._grant, self._next = grant, grant.first
+        self._step = self._start + grant.step
+
+    def _begin_epoch(self, order: Sequence[Sequence[int]]) -> None:
+        trainer = self._trainer
+        check_epoch(trainer)
+        self._epoch, self._each = trainer.current_epoch, trainer.accumulate_grad_batches
+        length = int(trainer.num_training_batches)
+        self._batches = len(order) if length == len(order) // self._workers else length * self._workers
+        self._order = zlib.crc32(array("q", chain.from_iterable(order)).tobytes(), len(order))
+        done = self._done_before()
+        self._rest = [number for number in range(self._batches) if number not in done]
+        self._steps = -(-(len(self._rest) // self._workers) // self._each)
+        self._start = self._step = -(-length // self._each) - self._steps
+        self._counters = EpochCounters(trainer, self._start)
+        self._scheduled = dict.fromkeys((False, True), self._start)
+
+    def _done_before(self) -> set[int]:
+        resumed, self._resumed = self._resumed, None
+        if resumed is None or resumed["epoch"] != self._epoch:
+            return set()
+        if resumed["order"] != self._order:
+            raise MisconfigurationException(
+                f"the checkpoint was saved amid epoch {self._epoch}, and the order of its batches is another one now: "
+                "have the same seed (seed_everything), data and batch_size, or go on from a checkpoint that was saved "
+                "at the end of an epoch"
+            )
+        return {number for first, last in resumed["committed"] for number in range(first, last)}
+
+    def _plan(self) -> Plan:
+        until = self._counters.next_meeting(self._step, self._start + self._steps)
+        ahead = -(-self._prefetch // self._each)
+        return Plan(self._epoch, len(self._rest), self._each, self._steps, until - self._start, ahead)
+
+    def _unscheduled(self, plateau: bool) -> range:
+        steps = range(self._scheduled[plateau] + 1, self._step + 1)
+        self._scheduled[plateau] = self._step
+        return steps
+
+    # --- checkpoints, and the end -----------------------------------------------------------------------------------
+
+    def state_dict(self, leases: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return which batches of the epoch are trained, as plain numbers and lists; ``None`` before the first.
+
+        Args:
+            leases: ``EpochLeases.state_dict()``.
+        """
+        if leases["plan"] is None or leases["plan"]["epoch"] != self._epoch:
+            return None
+        rest = set(self._rest)
+        trained = {self._rest[number] for first, last in leases["committed"] for number in range(first, last)}
+        done = (number for number in range(self._batches) if number in trained or number not in rest)
+        return {
+            "epoch": self._epoch,
+            "order": self._order,
+            "committed": merged((number, number + 1) for number in done),
+        }
+
+    def release(self) -> None:
+        """Give Lightning its schedulers back."""
+        self._undo()
