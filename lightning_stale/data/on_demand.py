@@ -89,6 +89,11 @@ class BatchesOnDemand:
         """Those whose gradients the next push will have."""
         return () if self._grant is None or self._grant.over else (self._grant.lease,)
 
+    @property
+    def amid_step(self) -> bool:
+        """Whether a batch has been begun whose gradient is no update yet."""
+        return self._grant is not None and self._next > self._grant.first
+
     def took_step(self, grant: Grant | None) -> None:
         """This worker's optimizer has stepped, or was to: go on with ``grant``; without one, ask for it."""
         if grant is None:

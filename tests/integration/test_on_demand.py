@@ -252,6 +252,12 @@ class Backwards(BatchSampler):
         return reversed(list(super().__iter__()))
 
 
+class Meeting(Counted):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.log("loss", 1.0, on_step=True, sync_dist=True)
+        return super().training_step(batch, batch_idx)
+
+
 DATA = TensorDataset(torch.arange(SAMPLES))
 REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "manual": (Manual, lambda: loader(), {}, "optimization is manual"),
@@ -268,6 +274,7 @@ REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
         {"use_distributed_sampler": False},
         "has a SequentialSampler, where Lightning would put its own",
     ),
+    "a collective in a step": (Meeting, lambda: numbered(range(SAMPLES)), {}, "do not meet amid a step"),
     "several loaders": (Counted, lambda: [numbered(range(8)), numbered(range(8))], {}, "batches of 2 training loaders"),
     "few batches": (Counted, lambda: numbered(range(2)), {}, "1 batches cannot be shared by 2 workers"),
     "amid a step": (

@@ -34,7 +34,7 @@ class Client:
 
 def make(kind: FailureKind, text: str) -> Any:
     strategy: Any = StaleSyncStrategy()
-    strategy._others.join(ServerControl(Client(RunFailedError(kind, text)), lambda _: None))  # type: ignore[arg-type]
+    strategy._others.join(ServerControl(Client(RunFailedError(kind, text)), lambda: None, lambda _: None))  # type: ignore[arg-type]
     trainer = SimpleNamespace(
         _signal_connector=SimpleNamespace(received_sigterm=False), received_sigterm=False, interrupted=True
     )

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -94,7 +95,7 @@ class ServerUpdate(Update):
             training.check_signals,
         )
         client = ParameterClient(endpoint, credentials, training.rank, self._transport, training.check_signals)
-        self._client, self._control = client, ServerControl(client, self._note_thresholds)
+        self._client, self._control = client, ServerControl(client, self._check_meeting, self._note_meeting)
         training.others.join(self._control)
         self.running = True
         self._meet_and_pull("the start of fit", timeout_s=2 * CONNECT_TIMEOUT_S)
@@ -143,8 +144,6 @@ class ServerUpdate(Update):
         self._meet_and_pull(place)
         if self._exchange is not None:
             self._exchange.spread()
-        if self._batches is not None:
-            self._batches.has_met()
 
     def recover(self) -> None:
         if self._client is None:
@@ -276,7 +275,17 @@ class ServerUpdate(Update):
         control, detail = self._control, f"step {self._training.module.trainer.global_step}"
         self._training.others.guard(lambda: control.meet_and_pull(place, detail, timeout_s))
 
-    def _note_thresholds(self, thresholds: Mapping[str, int]) -> None:
+    def _check_meeting(self) -> None:
+        if self._batches is not None and self._batches.amid_step:
+            raise MisconfigurationException(
+                "workers that are granted batches do not meet amid a step: some compute more of them than others. Log "
+                "with sync_dist=False or on_step=False, use no collective operation in training_step, or give each "
+                "worker its shard: StaleSyncStrategy(data='shards')"
+            )
+
+    def _note_meeting(self, thresholds: Mapping[str, int]) -> None:
+        if self._batches is not None:
+            self._batches.has_met()
         if thresholds != self.paradigm.thresholds:  # rank 0 has changed them, or they adapt
             self.paradigm = copy.deepcopy(self.paradigm)
             self.paradigm.follow_thresholds(thresholds)

@@ -17,11 +17,17 @@ class ServerControl:
 
     Args:
         client: the connection to the server.
-        note_thresholds: called after each meeting with the paradigm's thresholds, the same on all ranks.
+        check_meeting: called before a meeting amid a step; raises where there can be none.
+        note_meeting: called after each meeting with the paradigm's thresholds, the same on all ranks.
     """
 
-    def __init__(self, client: ParameterClient, note_thresholds: Callable[[Mapping[str, int]], None]) -> None:
-        self._client, self._note_thresholds = client, note_thresholds
+    def __init__(
+        self,
+        client: ParameterClient,
+        check_meeting: Callable[[], None],
+        note_meeting: Callable[[Mapping[str, int]], None],
+    ) -> None:
+        self._client, self._check_meeting, self._note_meeting = client, check_meeting, note_meeting
         self._next = ("", "")
 
     @property
@@ -46,11 +52,12 @@ class ServerControl:
 
     def meet(self, place: str, detail: str = "") -> None:
         """Meet amid a step: weights stay as they are."""
-        self._note_thresholds(self._client.meet(place, detail, pull=False))
+        self._check_meeting()
+        self._note_meeting(self._client.meet(place, detail, pull=False))
 
     def meet_and_pull(self, place: str, detail: str, timeout_s: float = math.inf) -> None:
         """Meet, and have the newest weights, which are then the same on all ranks."""
-        self._note_thresholds(self._client.meet(place, detail, timeout_s=timeout_s))
+        self._note_meeting(self._client.meet(place, detail, timeout_s=timeout_s))
 
     def fail(self, kind: FailureKind, text: str) -> RunFailedError | None:
         return self._client.abort(kind, text)
