@@ -187,15 +187,15 @@ class EpochLeases(Leases):
         >>> leases = EpochLeases(workers=2)
         >>> leases.open(Plan(epoch=0, batches=3, each=1, steps=1, until=1), members={0, 1})
         >>> leases.request(0)
-        [(0, Grant(lease=0, first=0, last=1, step=0))]
+        [(0, Grant(lease=0, first=0, last=1, step=0, ahead=()))]
         >>> leases.commit(0, [0]), leases.request(0)
-        ([], [(0, Grant(lease=1, first=1, last=2, step=0))])
+        ([], [(0, Grant(lease=1, first=1, last=2, step=0, ahead=()))])
         >>> leases.commit(0, [1]), leases.request(0)   # the last one is kept for worker 1
         ([], [])
         >>> leases.request(1)
-        [(1, Grant(lease=2, first=2, last=3, step=0))]
+        [(1, Grant(lease=2, first=2, last=3, step=0, ahead=()))]
         >>> leases.commit(1, [2])
-        [(0, Grant(lease=-1, first=3, last=3, step=1))]
+        [(0, Grant(lease=-1, first=3, last=3, step=1, ahead=()))]
     """
 
     def __init__(self, workers: int, allows: Callable[[int, int], bool] = lambda lease, oldest: True) -> None:

@@ -159,18 +159,18 @@ class StaleSyncStrategy(StaleStrategy):
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Workers that are granted batches all have the whole order of the epoch."""
-        if self._grants_batches(self._require_trainer()):
+        if self._grants_batches():
             return {"num_replicas": 1, "rank": 0}
         return super().distributed_sampler_kwargs
 
-    def _grants_batches(self, trainer: Trainer) -> bool:
+    def _grants_batches(self) -> bool:
         wanted = self.data == "on-demand" or (self.data == "auto" and isinstance(self.paradigm, BoundedDelay))
-        return wanted and trainer.training and self.world_size > 1
+        return wanted and self.world_size > 1 and self._require_trainer().training
 
     def process_dataloader(self, dataloader: object) -> object:
         """Let the training loader have the batches that this worker is granted, or its shard."""
         trainer = self._require_trainer()
-        if not self._grants_batches(trainer):
+        if not self._grants_batches():
             return super().process_dataloader(dataloader)
         reason = why_not(dataloader) or why_not_here(trainer)
         if reason is None:

@@ -343,7 +343,7 @@ def test_set_thresholds_fixes_the_delay(paradigm: BoundedDelay) -> None:
 @pytest.mark.parametrize("paradigm", [BoundedDelay(3), BoundedDelay(), BoundedDelay("auto")], ids=repr)
 def test_a_copy_that_follows_shows_the_delay_and_stays_what_it_is(paradigm: BoundedDelay) -> None:
     strategy = StaleSyncStrategy(paradigm=copy.deepcopy(paradigm))
-    strategy._update._note_thresholds({"delay": 7})
+    strategy._update._note_meeting({"delay": 7})
     shown = strategy.paradigm
     assert shown.thresholds == {"delay": 7}
     fixed = "delay=3" in repr(paradigm)

@@ -53,4 +53,5 @@ def test_the_entries_of_real_runs_have_the_fields_that_are_described(
     found = {name: checkpoint[name] for name in names if name in checkpoint}
     assert found.keys() == fields.keys()
     for name, entry in found.items():
-        assert entry.keys() == fields[name].__annotations__.keys()
+        amid_an_epoch_on_demand = {"data"} if name == "lightning_stale" else set()
+        assert entry.keys() | amid_an_epoch_on_demand == fields[name].__annotations__.keys()
