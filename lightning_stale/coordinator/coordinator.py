@@ -94,7 +94,7 @@ class Coordinator:
 
     def refuses(self, push: Push) -> bool:
         """Whether ``push`` is of batches that have been taken back: then its gradient is not to be applied."""
-        return self.leases is not None and self.leases.stale(push.member, push.leases) is not None
+        return self._stale(push.member, push.leases) is not None
 
     def handle(self, message: Message, now: float) -> list[Reply]:
         """Return what ``message`` leads to, in the order in which it is to be said.
@@ -166,7 +166,7 @@ class Coordinator:
             return self._tell_failure(message.member)
         if self.leases is None and (message.leases or message.asks):
             raise ValueError(f"rank {message.member} has pushed for a batch, and nobody hands them out")
-        stale = None if self.leases is None else self.leases.stale(message.member, message.leases)
+        stale = self._stale(message.member, message.leases)
         if stale is not None:  # it may have come again since
             return [Refused(message.member, stale)]
         if self.paradigm is None or message.member not in self.paradigm.clocks:
@@ -224,7 +224,7 @@ class Coordinator:
             return self._tell_failure(message.member)
         if self.leases is None:
             raise ValueError(f"rank {message.member} asks for a batch, and nobody hands them out")
-        stale = self.leases.stale(message.member, message.leases)
+        stale = self._stale(message.member, message.leases)
         if stale is not None:
             return [Refused(message.member, stale)]
         try:
@@ -235,6 +235,9 @@ class Coordinator:
             return self._fail("error", f"rank {message.member} asks for a batch: {error}", now)
         granted = self._commit(message.member, message.leases, now)
         return [*granted, *self._ask(message.member, now)]
+
+    def _stale(self, rank: int, leases: Sequence[int]) -> int | None:
+        return None if self.leases is None else self.leases.stale(rank, leases)
 
     def _ask(self, rank: int, now: float) -> list[Reply]:
         """Have ``rank`` wait for a batch; if it waits for what others hold, nobody waits for its pushes meanwhile."""
