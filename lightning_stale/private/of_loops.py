@@ -81,8 +81,7 @@ class EpochCounters:
         """
         self.before_batch(batches - 1, last)
         progress = self._loop.batch_progress
-        progress.current.started += 1  # the loop counts this one as ready, processed and completed
-        progress.total.started += 1
+        progress.increment_started()  # the loop counts this one as ready, processed and completed
         ahead = step - self._stepped.current.completed
         for tracker in (self._stepped.current, self._stepped.total):
             tracker.completed += ahead

@@ -120,11 +120,11 @@ class StaleSyncStrategy(StaleStrategy):
             ``{"paradigm": str, "thresholds": dict, "apply": str, "updates": int, "joins": int, "leaves": int,
             "taken_back": int, "phases": [...], "workers": [...]}``:
             paradigm, its thresholds (of bounded delay, the delay in force) and apply rule as they are now, or when
-            ``fit`` ended; how many workers have joined while it ran, how many were lost, and how many leases of batches
-            were taken back from those; with a dict per worker: ``rank``, ``pushes``, ``refused`` (those that the rule did not
-            apply), ``max_lead`` and ``mean_lead`` (clocks, at release), ``max_staleness`` and ``mean_staleness``
-            (updates, of all pushes), ``wait_s`` and ``compute_s`` (seconds); and one per
-            setting of the thresholds, see :meth:`set_thresholds`: ``thresholds``, ``since`` (the updates before it) and
+            ``fit`` ended; how many workers have joined while it ran, how many were lost, and how many leases of
+            batches were taken back from those; a dict per worker: ``rank``, ``pushes``, ``refused`` (those that the
+            rule did not apply), ``max_lead`` and ``mean_lead`` (clocks, at release), ``max_staleness`` and
+            ``mean_staleness`` (updates, of all pushes), ``wait_s`` and ``compute_s`` (seconds); and one per setting of
+            the thresholds, see :meth:`set_thresholds`: ``thresholds``, ``since`` (the updates before it) and
             ``max_lead`` of all workers under it.
         """
         self._summary = self._update.summary() or self._summary
