@@ -14,9 +14,10 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import CatMetric, MeanMetric, SumMetric
 
-from lightning_stale import StaleSyncStrategy
+from lightning_stale import Elastic, StaleSyncStrategy
 from tests.integration.harness import workers
 from tests.integration.models import Ledger, numbered, trainer
 
@@ -60,8 +61,11 @@ class Watched(Ledger):
         self.modes: list[bool] = []
 
     def at(self, moment: str) -> None:
-        if moment == self.moment and self.validations == 2 and self.launched == self.victim:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.validations == 2 and self.launched == self.victim:
+            if moment == self.moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if f"hang: {moment}" == self.moment:
+                os.kill(os.getpid(), signal.SIGSTOP)
 
     def on_fit_start(self) -> None:
         self.launched = self.global_rank
@@ -111,13 +115,27 @@ class Watched(Ledger):
         self.at("a checkpoint")
 
 
+class Averaged(WeightAveraging):
+    """Validates with averaged weights, whose sign tells them from those that train."""
+
+    def __init__(self) -> None:
+        super().__init__(avg_fn=lambda averaged, current, count: -current.abs())
+        self.signs: set[float] = set()
+
+    def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self.signs.add(float(pl_module.pages.sum().sign()))
+
+
 def fit(rank: int, folder: str, moment: str, victim: int, paradigm: str, options: dict[str, Any]) -> dict[str, Any]:
     model, logger = Watched(moment, victim), Noted()
-    strategy = StaleSyncStrategy(paradigm=paradigm, elastic=True)
+    elastic = Elastic(patience_s=options.pop("patience_s", 30.0))
+    num_workers, average = options.pop("num_workers", 0), options.pop("average", False)
+    strategy = StaleSyncStrategy(paradigm=paradigm, elastic=elastic)
+    averaged = Averaged()
     callbacks = [
         ModelCheckpoint(dirpath=folder, monitor="sum", save_top_k=-1),
         EarlyStopping("count", patience=9),
-        *options.pop("callbacks", ()),
+        *([averaged] if average else []),
     ]
     t = trainer(
         3,
@@ -125,19 +143,21 @@ def fit(rank: int, folder: str, moment: str, victim: int, paradigm: str, options
         **{"max_epochs": 3, "logger": logger, "log_every_n_steps": 1, "enable_checkpointing": True, **options},
         callbacks=callbacks,
     )
-    t.fit(model, numbered(range(SAMPLES)), numbered(range(VALIDATED)))
+    data = DataLoader(TensorDataset(torch.arange(VALIDATED)), batch_size=2, num_workers=num_workers)
+    t.fit(model, numbered(range(SAMPLES)), data)
     steps = [(row["step"], step) for row, step in logger.rows if "step" in row]
-    reported = list(model.reported)
+    reported, rows = list(model.reported), list(logger.rows)
     (tested,) = t.validate(model, numbered(range(VALIDATED)), verbose=False)
     return {
         "pages": model.pages.detach() / -model.lr,
         "reported": reported,
         "tested": {name: tested[name] for name in ("sum", "count")},
         "steps": steps,
-        "eval rows": sum("sum" in row for row, _ in logger.rows),
+        "eval rows": sum("sum" in row for row, _ in rows),
         "ranks": (t.world_size, t.global_rank, dist.get_world_size(), dist.get_rank()),
         "statistics": model.normalization.running_mean.clone(),
         "modes": set(model.modes),
+        "signs": averaged.signs,
         "saved": sorted(path.name for path in Path(folder).iterdir()) if rank == 0 else [],
         "summary": strategy.summary(),
         "progress": t.fit_loop.epoch_loop.val_loop.batch_progress.state_dict(),
@@ -160,16 +180,12 @@ MOMENTS = [
 def test_everything_is_validated_and_trained_once(moment: str, tmp_path: Path) -> None:
     victim, paradigm = 1 + len(moment) % 2, ["asp", "bsp", "bounded-delay"][len(moment) % 3]
     ended = run(tmp_path, moment, victim, paradigm)
+    check_validations(ended)
     for worker in ended:
         result = worker.result
         assert torch.equal(result["pages"], ended[0].result["pages"])
         assert result["ranks"] == (2, ended.index(worker), 2, ended.index(worker))
-        assert len(result["reported"]) == 3
-        total = VALIDATED * (VALIDATED - 1) / 2
-        for validation in result["reported"]:
-            assert (validation["sum"], validation["count"], validation["own"]) == (total, VALIDATED, total)
-            assert validation["seen"] == VALIDATED - 1, "each once, in order"
-        assert result["tested"] == {"sum": total, "count": VALIDATED}
+        assert result["tested"] == {"sum": VALIDATED * (VALIDATED - 1) / 2, "count": VALIDATED}
         assert torch.equal(result["statistics"], ended[0].result["statistics"])
         assert result["modes"] == {True}
         assert result["summary"]["leaves"] == 1
@@ -182,6 +198,37 @@ def test_everything_is_validated_and_trained_once(moment: str, tmp_path: Path) -
     if MOMENTS.index(moment) > 3:
         sizes[1] = 4
     assert [batch for batch, _ in first["steps"]] == [batch for size in sizes for batch in range(size)]
+
+
+def check_validations(ended: list[Any]) -> None:
+    total = VALIDATED * (VALIDATED - 1) / 2
+    for worker in ended:
+        assert len(worker.result["reported"]) == 3
+        for validation in worker.result["reported"]:
+            assert (validation["sum"], validation["count"], validation["own"]) == (total, VALIDATED, total)
+            assert validation["seen"] == VALIDATED - 1, "each once, in order"
+
+
+def test_what_a_callback_has_swapped_for_a_validation_that_is_broken_off_is_swapped_back(tmp_path: Path) -> None:
+    """And bars that are drawn, and processes that load."""
+    options = {"average": True, "num_workers": 1, "enable_progress_bar": True}
+    ended = run(tmp_path, "a step", 1, "asp", **options)
+    check_validations(ended)
+    for worker in ended:
+        assert worker.result["signs"] == {-1.0}, "that of the averages, in the validation that was begun anew too"
+        assert torch.allclose(worker.result["pages"], torch.full((SAMPLES,), 3.0))
+
+
+def test_a_worker_that_hangs_in_a_validation_is_given_up(tmp_path: Path) -> None:
+    options = {"patience_s": 2.0}
+    folder = str(tmp_path / "saved")
+    with workers(fit, 3, tmp_path, folder, "hang: its own collective", 2, "asp", options) as group:
+        for rank in (0, 1):
+            group.processes[rank].join(60)
+        os.kill(group.pid(2), signal.SIGKILL)
+        ended = group.join(10)[:2]
+    assert all(worker.exitcode == 0 for worker in ended), ended
+    check_validations(ended)
 
 
 def run(tmp_path: Path, moment: str, victim: int, paradigm: str, timeout: float = 100.0, **options: Any) -> list[Any]:
