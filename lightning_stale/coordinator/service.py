@@ -185,6 +185,8 @@ class Service:
         who = (peer.member, peer.generation)
         match message["type"]:
             case "sync":
+                if message["region"]:  # it may come here because of who is gone, and is not to meet that one
+                    self.note_connections()
                 self.plane.arrives(peer, message)
                 self.tell(m.Arrive(*who, message["place"], message["detail"], message["region"]))
             case "request":
