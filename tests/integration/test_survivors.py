@@ -130,6 +130,7 @@ def fit(rank: int, folder: str, moment: str, victim: int, paradigm: str, options
     model, logger = Watched(moment, victim), Noted()
     elastic = Elastic(patience_s=options.pop("patience_s", 30.0))
     num_workers, average = options.pop("num_workers", 0), options.pop("average", False)
+    again = options.pop("again", False)
     strategy = StaleSyncStrategy(paradigm=paradigm, elastic=elastic)
     averaged = Averaged()
     callbacks = [
@@ -147,6 +148,10 @@ def fit(rank: int, folder: str, moment: str, victim: int, paradigm: str, options
     t.fit(model, numbered(range(SAMPLES)), data)
     steps = [(row["step"], step) for row, step in logger.rows if "step" in row]
     reported, rows = list(model.reported), list(logger.rows)
+    summary = strategy.summary()
+    if again:
+        t.fit_loop.max_epochs = 4
+        t.fit(model, numbered(range(SAMPLES)), data)
     (tested,) = t.validate(model, numbered(range(VALIDATED)), verbose=False)
     return {
         "pages": model.pages.detach() / -model.lr,
@@ -159,7 +164,7 @@ def fit(rank: int, folder: str, moment: str, victim: int, paradigm: str, options
         "modes": set(model.modes),
         "signs": averaged.signs,
         "saved": sorted(path.name for path in Path(folder).iterdir()) if rank == 0 else [],
-        "summary": strategy.summary(),
+        "summary": summary,
         "progress": t.fit_loop.epoch_loop.val_loop.batch_progress.state_dict(),
     }
 
@@ -229,6 +234,14 @@ def test_a_worker_that_hangs_in_a_validation_is_given_up(tmp_path: Path) -> None
         ended = group.join(10)[:2]
     assert all(worker.exitcode == 0 for worker in ended), ended
     check_validations(ended)
+
+
+def test_survivors_train_again(tmp_path: Path) -> None:
+    ended = run(tmp_path, "a step", 1, "bounded-delay", again=True)
+    check_validations(ended)
+    for worker in ended:
+        assert torch.allclose(worker.result["pages"], torch.full((SAMPLES,), 4.0))
+        assert worker.result["ranks"] == (2, ended.index(worker), 2, ended.index(worker))
 
 
 def run(tmp_path: Path, moment: str, victim: int, paradigm: str, timeout: float = 100.0, **options: Any) -> list[Any]:

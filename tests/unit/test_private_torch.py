@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,3 +115,19 @@ def test_a_launcher_knows_how_it_starts_ranks(strategy: str, forks: bool) -> Non
     trainer = Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False, enable_checkpointing=False)
     assert isinstance(trainer.strategy.launcher, of_launchers.MultiProcessingLauncher)
     assert of_launchers.forks(trainer.strategy.launcher) is forks
+
+
+def test_a_default_group_can_be_made_anew_over_the_same_store(tmp_path: Path) -> None:
+    hook = sys.excepthook
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    of_torch.form_default_group("gloo", store, "first", 0, 1, timedelta(seconds=5))
+    try:
+        of_torch.shared_store().set("a", "b")
+        torch.distributed.destroy_process_group()
+        of_torch.form_default_group("gloo", store, "second", 0, 1, timedelta(seconds=5))
+        assert of_torch.shared_store().get("a") == b"b"
+        of_torch.rendezvous_store().set("a", "c")
+        assert of_torch.shared_store().get("a") == b"b", "under a prefix"
+        assert sys.excepthook is hook
+    finally:
+        torch.distributed.destroy_process_group()
