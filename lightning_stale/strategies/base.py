@@ -384,7 +384,7 @@ class StaleStrategy(DDPStrategy):
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Replicas have samples of their own; the ranks of one replica have the same."""
         if self._present.world_size is not None:
-            return {"num_replicas": self._present.world_size, "rank": self.global_rank}
+            return {"num_replicas": self._present.world_size, "rank": self._present.index or 0}
         return self.topology.sampler_kwargs(self.global_rank)
 
     def reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = "mean") -> Tensor:
@@ -419,8 +419,8 @@ class StaleStrategy(DDPStrategy):
 
     def _may_meet(self) -> bool:
         """Whole replicas go on by themselves after an interruption; the parts of one cannot."""
-        if self._present.elastic:  # the only one left may have company again
-            return not self._is_interrupted()
+        if self._present.elastic:  # the only one left may have company again; who joins has none before it has met
+            return bool(self._update.members) and not self._is_interrupted()
         return self.world_size > 1 and (not self._is_interrupted() or self.topology.stages > 1)
 
     def _undisturbed(self) -> AbstractContextManager[None]:

@@ -19,6 +19,8 @@ from lightning_stale.strategies.other_ranks import OtherRanks
 from lightning_stale.strategies.present import Members, Present
 
 REGION = "validation"
+TRIES = 3
+"""How often a validation is tried that fails on all, though nobody is lost."""
 
 
 class SomebodyLost(BaseException):  # no error, and nobody's `except Exception` is to stop it
@@ -71,6 +73,7 @@ class Validation:
     def _run(self, run: Callable[[], Any]) -> Any:
         if self._trainer.sanity_checking or not self._present.elastic:
             return run()
+        tries = 0
         while True:
             self._meet("validation")
             self._begin()
@@ -79,20 +82,20 @@ class Validation:
                 self._load()
                 return run()
             except SomebodyLost:
-                pass
+                tries = 0
             except RuntimeError as error:
                 if not self.underway or not of_torch.is_lost_connection(error):
                     raise
-                self._explain(error)
+                tries = 0 if self._explain(error) else tries + 1
+                if tries == TRIES:
+                    raise
             finally:
                 self._end()
             self._loop.break_off()
             kept.restore()
             self._settle()
-            rank_zero_info(
-                f"A worker was lost in a validation: it begins anew, over the {len(self._present.members)} that are "
-                "left."
-            )
+            what = "a worker was lost in it" if tries == 0 else "a collective operation has failed in it on all workers"
+            rank_zero_info(f"A validation begins anew, over {len(self._present.members)} workers: {what}.")
 
     def _keep(self) -> Kept:
         gathering = (one for one in callbacks(self._trainer) if not isinstance(one, ProgressBar))
@@ -112,18 +115,22 @@ class Validation:
         self.underway, self._others.region = False, ""
         self._loop.end()
 
-    def _explain(self, error: RuntimeError) -> None:
-        """A collective of the user's own has failed: raise that, unless somebody is lost."""
+    def _explain(self, error: RuntimeError) -> bool:
+        """A collective of the user's own has failed: return whether somebody is lost.
+
+        If nobody is, it has failed on all (as after a suspension of the whole run), or the run ends: it is an error.
+        """
         self._present.leave_group()
         self._others.check(fresh=True)  # so that who was lost is known to be at the meeting
         try:
-            self._others.meet(f"a validation that has broken off ({type(error).__name__}: {error})")
+            self._others.meet("a validation that a failed collective operation has broken off")
             self._follow()
         except SomebodyLost:
-            return
+            return True
         except Exception as other:
             raise other from error
-        raise error
+        self._present.try_again()
+        return False
 
     def _load(self) -> None:
         """Let the loaders have the samples of those present."""

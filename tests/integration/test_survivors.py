@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import CatMetric, MeanMetric, SumMetric
 
 from lightning_stale import Elastic, StaleSyncStrategy
-from tests.integration.harness import workers
+from tests.integration.harness import signal_test, workers
 from tests.integration.models import Ledger, numbered, trainer
 
 SAMPLES = 96
@@ -48,6 +50,10 @@ class Noted(Logger):
         self.rows.append((dict(metrics), step))
 
 
+FAILED: list[str] = []
+"""Outside of the model, which is as it was after a validation that is broken off."""
+
+
 class Watched(Ledger):
     """Says in several ways what it has validated; ``victim`` kills itself at ``moment`` of the second validation."""
 
@@ -61,11 +67,15 @@ class Watched(Ledger):
         self.modes: list[bool] = []
 
     def at(self, moment: str) -> None:
-        if self.validations == 2 and self.launched == self.victim:
-            if moment == self.moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-            if f"hang: {moment}" == self.moment:
-                os.kill(os.getpid(), signal.SIGSTOP)
+        kind, _, where = self.moment.rpartition(": ")
+        if where != moment or self.validations != 2:
+            return
+        if kind in ("fails", "always fails"):
+            if kind == "always fails" or not FAILED:
+                FAILED.append(moment)
+                raise RuntimeError("[gloo/transport/tcp/unbound_buffer.cc] Timed out waiting 30000ms for recv")
+        elif self.launched == self.victim:
+            os.kill(os.getpid(), signal.SIGSTOP if kind == "hangs" else signal.SIGKILL)
 
     def on_fit_start(self) -> None:
         self.launched = self.global_rank
@@ -126,6 +136,16 @@ class Averaged(WeightAveraging):
         self.signs.add(float(pl_module.pages.sum().sign()))
 
 
+class Says(L.Callback):
+    """Lets the test know that validations have begun."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        signal_test(self.folder, "validates")
+
+
 def fit(rank: int, folder: str, moment: str, victim: int, paradigm: str, options: dict[str, Any]) -> dict[str, Any]:
     model, logger = Watched(moment, victim), Noted()
     elastic = Elastic(patience_s=options.pop("patience_s", 30.0))
@@ -135,8 +155,9 @@ def fit(rank: int, folder: str, moment: str, victim: int, paradigm: str, options
     averaged = Averaged()
     callbacks = [
         ModelCheckpoint(dirpath=folder, monitor="sum", save_top_k=-1),
-        EarlyStopping("count", patience=9),
+        EarlyStopping("count", patience=99),
         *([averaged] if average else []),
+        *([options.pop("callback")] if "callback" in options else []),
     ]
     t = trainer(
         3,
@@ -205,10 +226,10 @@ def test_everything_is_validated_and_trained_once(moment: str, tmp_path: Path) -
     assert [batch for batch, _ in first["steps"]] == [batch for size in sizes for batch in range(size)]
 
 
-def check_validations(ended: list[Any]) -> None:
+def check_validations(ended: list[Any], validations: int = 3) -> None:
     total = VALIDATED * (VALIDATED - 1) / 2
     for worker in ended:
-        assert len(worker.result["reported"]) == 3
+        assert len(worker.result["reported"]) == validations
         for validation in worker.result["reported"]:
             assert (validation["sum"], validation["count"], validation["own"]) == (total, VALIDATED, total)
             assert validation["seen"] == VALIDATED - 1, "each once, in order"
@@ -227,13 +248,46 @@ def test_what_a_callback_has_swapped_for_a_validation_that_is_broken_off_is_swap
 def test_a_worker_that_hangs_in_a_validation_is_given_up(tmp_path: Path) -> None:
     options = {"patience_s": 2.0}
     folder = str(tmp_path / "saved")
-    with workers(fit, 3, tmp_path, folder, "hang: its own collective", 2, "asp", options) as group:
+    with workers(fit, 3, tmp_path, folder, "hangs: its own collective", 2, "asp", options) as group:
         for rank in (0, 1):
             group.processes[rank].join(60)
         os.kill(group.pid(2), signal.SIGKILL)
         ended = group.join(10)[:2]
     assert all(worker.exitcode == 0 for worker in ended), ended
     check_validations(ended)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_worker_that_is_killed_at_any_moment_takes_nothing_along(seed: int, tmp_path: Path) -> None:
+    """Most of the time of this fit, it validates."""
+    chance = random.Random(seed)
+    options = {"val_check_interval": 0.25, "max_epochs": 4, "callback": Says(str(tmp_path))}
+    with workers(fit, 3, tmp_path, str(tmp_path / "saved"), "", -1, "asp", options) as group:
+        group.wait_for("validates")
+        time.sleep(chance.uniform(0.0, 1.5))
+        victim = chance.choice([1, 2])
+        os.kill(group.pid(victim), signal.SIGKILL)
+        left = [worker for worker in group.join(100) if worker.rank != victim]
+    failed = [worker for worker in left if worker.exitcode != 0 or worker.error]
+    assert not failed, "\n".join(f"rank {w.rank} (exit code {w.exitcode}):\n{w.error}" for w in failed)
+    check_validations(left, validations=16)
+    for worker in left:
+        assert torch.allclose(worker.result["pages"], torch.full((SAMPLES,), 4.0))
+
+
+def failing(rank: int, folder: str, moment: str) -> Any:
+    try:
+        return fit(rank, folder, moment, -1, "asp", {})
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_a_validation_that_fails_on_all_is_tried_again_and_not_for_ever(tmp_path: Path) -> None:
+    """As after a suspension of the whole run, longer than a collective's timeout."""
+    with workers(failing, 3, tmp_path / "once", str(tmp_path / "saved"), "fails: its own collective") as group:
+        check_validations(group.join(90))
+    with workers(failing, 3, tmp_path / "ever", str(tmp_path / "saved"), "always fails: its own collective") as group:
+        assert all("Timed out waiting" in worker.result for worker in group.join(90))
 
 
 def test_survivors_train_again(tmp_path: Path) -> None:
