@@ -12,7 +12,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
 from lightning_stale.coordinator.leases import Grant, Plan, merged
-from lightning_stale.private.of_loops import EpochCounters, check_epoch, keep_schedulers_up, resume_in_silence
+from lightning_stale.private.of_loops import (
+    EpochCounters,
+    check_epoch,
+    keep_schedulers_up,
+    note_saved,
+    resume_in_silence,
+)
 
 Request = Callable[[Sequence[int], Plan | None], Grant]
 
@@ -159,6 +165,7 @@ class BatchesOnDemand:
                 "have the same seed (seed_everything), data and batch_size, or go on from a checkpoint that was saved "
                 "at the end of an epoch"
             )
+        note_saved(self._trainer)
         return _numbers(resumed["committed"])
 
     def _plan(self) -> Plan:

@@ -9,7 +9,6 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer import call
-from lightning.pytorch.utilities.migration import pl_legacy_patch
 from torch import Tensor, nn
 
 from lightning_stale.private.of_lightning import callbacks, replace
@@ -106,12 +105,11 @@ def resume_from(
         _take_over_folders(trainer, checkpoint["callbacks"])
         return checkpoint
 
-    def resume_start(checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
+    def resume_start(*_: Any, **__: Any) -> None:
         connector._ckpt_path = None  # nothing is said of a file
-        with pl_legacy_patch():
-            connector._loaded_checkpoint = strategy.load_checkpoint("", weights_only=False)
+        connector._loaded_checkpoint = strategy.load_checkpoint("", weights_only=False)
 
-    def load_model_state_dict(checkpoint: dict[str, Any], strict: bool = True) -> None:
+    def load_model_state_dict(checkpoint: dict[str, Any], **_: Any) -> None:
         module = trainer.lightning_module
         module.load_state_dict(checkpoint["state_dict"], strict=False)
         load_model(module)

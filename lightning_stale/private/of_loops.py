@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_stale.private.of_lightning import callbacks, replace
+from lightning_stale.private.of_lightning import callbacks, replace, saves_now
 
 _NO_BATCH = "train_dataloader yielded None. If this was on purpose, ignore this warning..."
 _COUNTS = ("ready", "started", "processed", "completed")
@@ -189,3 +189,10 @@ def resume_in_silence(trainer: Trainer) -> Callable[[], None]:
             reset()
 
     return replace(loop, "reset", reset_in_silence)
+
+
+def note_saved(trainer: Trainer) -> None:
+    """Say that what is saved at the step of now has been: it would be again amid the next one (accumulation)."""
+    for callback in callbacks(trainer):
+        if isinstance(callback, ModelCheckpoint) and saves_now(callback, trainer):
+            callback._last_global_step_saved = trainer.global_step

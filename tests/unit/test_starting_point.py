@@ -14,7 +14,6 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from lightning_stale.coordinator.leases import EpochLeases, Grant, Plan
 from lightning_stale.data.loader import OnDemandLoader
@@ -108,6 +107,15 @@ class Granted(SingleDeviceStrategy):
         self.meet()
         return super().lightning_module_state_dict()
 
+    def save_checkpoint(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        checkpoint["batches"] = self.batches.state_dict(self.others.leases.state_dict())
+        super().save_checkpoint(checkpoint, *args, **kwargs)
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        checkpoint = super().load_checkpoint(*args, **kwargs)
+        self.resumed = checkpoint["batches"]
+        return checkpoint
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         result = super().optimizer_step(*args, **kwargs)
         self.batches.took_step(None)
@@ -128,6 +136,10 @@ class Model(L.LightningModule):
         trainer, loop = self.trainer, self.trainer.fit_loop.epoch_loop
         rates = [group["lr"] for group in self.optimizers(False).param_groups]
         self.trace.append((what, *more, trainer.fit_loop.state_dict(), loop._batches_that_stepped, rates))
+
+    def on_train_start(self) -> None:
+        if self.trainer.ckpt_path is not None:  # Lightning leaves out the hook below where it resumes amid an epoch
+            self.losses = []
 
     def on_train_epoch_start(self) -> None:
         self.losses: list[float] = []
@@ -153,7 +165,9 @@ class Model(L.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         self.trainer.strategy.meet()
-        self.note("epoch", {name: float(value) for name, value in self.trainer.callback_metrics.items() if name == "val"})
+        self.note(
+            "epoch", {name: float(value) for name, value in self.trainer.callback_metrics.items() if name == "val"}
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.trainer.strategy.barrier()
@@ -168,7 +182,9 @@ class Model(L.LightningModule):
         optimizer = torch.optim.SGD([self.weight], lr=0.5)
         if self.interval == "plateau":
             plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", patience=0)
-            return [optimizer], [{"scheduler": plateau, "monitor": "val", "frequency": self.trainer.check_val_every_n_epoch}]
+            return [optimizer], [
+                {"scheduler": plateau, "monitor": "val", "frequency": self.trainer.check_val_every_n_epoch}
+            ]
         total = int(self.trainer.estimated_stepping_batches)
         cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=total, cycle_momentum=False)
         return [optimizer], [{"scheduler": cycle, "interval": "step"}]
@@ -187,7 +203,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def fit(strategy: Granted, folder: Path, *, every: int = 0, interval: str = "step", grows: bool = False, **options: Any) -> Model:
+def fit(
+    strategy: Granted, folder: Path, *, every: int = 0, interval: str = "step", grows: bool = False, **options: Any
+) -> Model:
     model = Model(interval, grows)
     resume = options.pop("ckpt_path", None)
     callbacks = [
@@ -245,3 +263,25 @@ def test_a_newcomer_goes_on_as_who_has_been_there(case: str, tmp_path: Path) -> 
         checkpoint = next(c for c in joined.trainer.callbacks if isinstance(c, ModelCheckpoint))
         assert checkpoint.dirpath == str(tmp_path / "first")
         assert not (tmp_path / "second").exists(), "it writes nothing"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_resumes_amid_an_epoch_without_a_word(case: str, tmp_path: Path) -> None:
+    """Lightning would say that its loader cannot be resumed; it meets where the first run met, and nowhere else."""
+    first = Granted(Others(seed=len(case)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = fit(first, tmp_path, **CASES[case])
+    paths = [path for path in tmp_path.glob("*.ckpt") if torch.load(path, weights_only=False)["batches"] is not None]
+    assert paths
+    for path in paths:
+        again = Granted(Others(seed=1))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            resumed = fit(again, tmp_path / "again", ckpt_path=path, **CASES[case])
+        assert not [one for one in caught if "not resumable" in str(one.message)]
+        step = torch.load(path, weights_only=False)["global_step"]
+        assert resumed.trainer.global_step == model.trainer.global_step
+        mine = [(plan.epoch, plan.steps - plan.until) for plan in again.others.plans]
+        theirs = [(plan.epoch, plan.steps - plan.until) for plan in first.others.plans]
+        assert mine == theirs[len(theirs) - len(mine) :], step
