@@ -76,6 +76,11 @@ class StartingPoint:
         known: Mapping[str, Any] = self._known["batches"]
         return known
 
+    @property
+    def known(self) -> bool:
+        """Whether it has been fetched."""
+        return self._entry is not None
+
     def undo(self) -> None:
         """Let this trainer resume as any other."""
         for undo in self._undo:
