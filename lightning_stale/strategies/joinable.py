@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Protocol, cast
 
@@ -30,8 +30,11 @@ class _Joins(Protocol):
 
     members: tuple[tuple[int, int], ...]
 
-    def join(self, run: str, rank: int, check: Any) -> int:
-        """Wait until the fit of ``run`` lets this process in; return its rank."""
+    def join(self, run: str, rank: int, check: Callable[[], None]) -> tuple[int, int]:
+        """Wait until the fit of ``run`` lets this process in; return its rank and generation."""
+
+    def segment(self) -> dict[str, Any]:
+        """Return where in the epoch all are."""
 
     def deposit(self, state: bytes) -> None:
         """On rank 0: let those who come have ``state``, and let them in."""
@@ -95,7 +98,8 @@ class JoinableStrategy(StaleStrategy):
     def _join(self) -> bytes:
         assert self._newcomer is not None
         self._run = self._newcomer.find_run()
-        self._newcomer.rank = self._joins.join(self._run, self._newcomer.rank, self._check_signals)
+        member = self._joins.join(self._run, self._newcomer.rank, self._check_signals)
+        self._newcomer.rank, self._newcomer.generation = member
         self.set_world_ranks()
         return self._joins.deposited()
 
@@ -130,7 +134,7 @@ class JoinableStrategy(StaleStrategy):
         if self.elastic is None:
             super()._begin(run)
             return
-        self._update.host.invites = self._newcomer is None  # type: ignore[attr-defined]
+        self._host.invites = self._newcomer is None
         super()._begin(run)
         if self._newcomer is None and self.is_global_zero:
             self._invite(run)
@@ -153,8 +157,7 @@ class JoinableStrategy(StaleStrategy):
             self._newcomer.sets_up = False
         elif self.elastic is not None and self.is_global_zero:
             trainer = self._require_trainer()
-            batches = self._update.segment()  # type: ignore[attr-defined]
-            self._joins.deposit(write_down(trainer, batches, self.topology.world_size))
+            self._joins.deposit(write_down(trainer, self._joins.segment(), self.topology.world_size))
 
     def on_train_end(self) -> None:
         super().on_train_end()

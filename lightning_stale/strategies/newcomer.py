@@ -26,11 +26,12 @@ class Newcomer:
 
     Attributes:
         rank: once the server has let it in, the one that it has.
+        generation: then, how many have been that rank.
         sets_up: whether it does not take part yet.
     """
 
     def __init__(self, rank: int) -> None:
-        self.rank, self.sets_up = rank, True
+        self.rank, self.generation, self.sets_up = rank, 0, True
 
     @property
     def rank_here(self) -> int:
