@@ -86,7 +86,9 @@ def rendezvous_store() -> Store:
 def shared_store() -> Store:
     """Return the same without the prefix of a process group: whichever group a rank is in, it is one for all."""
     store = rendezvous_store()
-    return store._underlying_non_prefix_store if isinstance(store, PrefixStore) else store  # type: ignore[attr-defined]
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    return store
 
 
 def form_default_group(backend: str, store: Store, prefix: str, index: int, size: int, timeout: timedelta) -> None:
