@@ -18,8 +18,8 @@ from lightning_stale.paradigms import PARADIGMS, BoundedDelay, Paradigm, as_para
 from lightning_stale.parameter_server.apply import ApplyRule, Plain, as_apply_rule
 from lightning_stale.parameter_server.client import Release, Transport
 from lightning_stale.parameter_server.process import ServerProcess
-from lightning_stale.strategies.joinable import JoinableStrategy
 from lightning_stale.strategies.hosted_process import HostedProcess
+from lightning_stale.strategies.joinable import JoinableStrategy
 from lightning_stale.strategies.updates.server import ServerUpdate
 from lightning_stale.transport import memory
 
