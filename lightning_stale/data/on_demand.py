@@ -12,7 +12,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
 from lightning_stale.coordinator.leases import Grant, Plan, merged
-from lightning_stale.private.of_loops import EpochCounters, check_epoch, keep_schedulers_up
+from lightning_stale.private.of_loops import (
+    EpochCounters,
+    check_epoch,
+    keep_schedulers_up,
+    note_saved,
+    resume_in_silence,
+)
 
 Request = Callable[[Sequence[int], Plan | None], Grant]
 
@@ -38,6 +44,8 @@ class BatchesOnDemand:
         request: asks the coordinator, with the leases that have become no push, and the plan after a meeting.
         prefetch: how many batches the loader fetches ahead.
         resumed: what :meth:`state_dict` returned when the checkpoint was saved that this fit goes on from.
+        joined: what :meth:`segment` returned on rank 0, of one that joins a fit that runs.
+        before_segment: called before the first request after each meeting.
     """
 
     def __init__(
@@ -47,9 +55,11 @@ class BatchesOnDemand:
         request: Request,
         prefetch: int = 0,
         resumed: Mapping[str, Any] | None = None,
+        joined: Mapping[str, Any] | None = None,
+        before_segment: Callable[[], None] = lambda: None,
     ) -> None:
         self._trainer, self._workers, self._request, self._prefetch = trainer, workers, request, prefetch
-        self._resumed = resumed
+        self._resumed, self._joined, self._before_segment = resumed, joined, before_segment
         self._epoch = -1
         self._order = 0  # a checksum
         self._batches = 0  # of the epoch, of all workers
@@ -57,7 +67,8 @@ class BatchesOnDemand:
         self._grant: Grant | None = None  # None: ask, with a plan
         self._start = self._step = self._steps = 0  # of the epoch: where this fit begins; now; and from there on
         self._next = 0  # among the rest
-        self._undo = keep_schedulers_up(trainer, self._unscheduled)
+        self._scheduled = dict.fromkeys((False, True), 0)
+        self._undo = [keep_schedulers_up(trainer, self._unscheduled), resume_in_silence(trainer)]
 
     # --- batches ----------------------------------------------------------------------------------------------------
 
@@ -73,6 +84,7 @@ class BatchesOnDemand:
         if self._grant is None:
             if self._trainer.current_epoch != self._epoch:
                 self._begin_epoch(order)
+            self._before_segment()
             self._hold(self._request((), self._plan()))
         grant = self._grant
         assert grant is not None
@@ -126,15 +138,25 @@ class BatchesOnDemand:
         length = int(trainer.num_training_batches)
         self._batches = len(order) if length == len(order) // self._workers else length * self._workers
         self._order = zlib.crc32(array("q", chain.from_iterable(order)).tobytes(), len(order))
-        done = self._done_before()
+        joined, self._joined = self._joined, None
+        done = self._done_before(self._resumed) if joined is None else self._done_at_join(joined)
+        self._resumed = None
         self._rest = [number for number in range(self._batches) if number not in done]
         self._steps = -(-(len(self._rest) // self._workers) // self._each)
-        self._start = self._step = -(-length // self._each) - self._steps
-        self._counters = EpochCounters(trainer, self._start)
-        self._scheduled = dict.fromkeys((False, True), self._start)
+        self._start = -(-length // self._each) - self._steps
+        self._step = self._start if joined is None else joined["step"]
+        self._counters = EpochCounters(trainer, self._step)
+        self._scheduled = dict.fromkeys((False, True), self._step)
 
-    def _done_before(self) -> set[int]:
-        resumed, self._resumed = self._resumed, None
+    def _done_at_join(self, joined: Mapping[str, Any]) -> set[int]:
+        if joined["order"] != self._order:
+            raise MisconfigurationException(
+                f"this process joins a fit in epoch {joined['epoch']}, and the order of its batches is another one "
+                "here: have the same data, batch_size and seed (seed_everything) as its rank 0"
+            )
+        return _numbers(joined["committed"])
+
+    def _done_before(self, resumed: Mapping[str, Any] | None) -> set[int]:
         if resumed is None or resumed["epoch"] != self._epoch:
             return set()
         if resumed["order"] != self._order:
@@ -143,7 +165,8 @@ class BatchesOnDemand:
                 "have the same seed (seed_everything), data and batch_size, or go on from a checkpoint that was saved "
                 "at the end of an epoch"
             )
-        return {number for first, last in resumed["committed"] for number in range(first, last)}
+        note_saved(self._trainer)
+        return _numbers(resumed["committed"])
 
     def _plan(self) -> Plan:
         until = self._counters.next_meeting(self._step, self._start + self._steps)
@@ -166,7 +189,7 @@ class BatchesOnDemand:
         if leases["plan"] is None or leases["plan"]["epoch"] != self._epoch:
             return None
         rest = set(self._rest)
-        trained = {self._rest[number] for first, last in leases["committed"] for number in range(first, last)}
+        trained = {self._rest[number] for number in _numbers(leases["committed"])}
         done = (number for number in range(self._batches) if number in trained or number not in rest)
         return {
             "epoch": self._epoch,
@@ -174,6 +197,22 @@ class BatchesOnDemand:
             "committed": merged((number, number + 1) for number in done),
         }
 
+    def segment(self) -> dict[str, Any]:
+        """Return where all are as they ask anew after a meeting, for one who comes to them: plain numbers and lists."""
+        rest = set(self._rest)
+        done = (number for number in range(self._batches) if number not in rest)
+        return {
+            "epoch": self._epoch,
+            "order": self._order,
+            "committed": merged((number, number + 1) for number in done),
+            "step": self._step,
+        }
+
     def release(self) -> None:
-        """Give Lightning its schedulers back."""
-        self._undo()
+        """Give Lightning its schedulers and its warnings back."""
+        for undo in self._undo:
+            undo()
+
+
+def _numbers(ranges: Sequence[Sequence[int]]) -> set[int]:
+    return {number for first, last in ranges for number in range(first, last)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_stale.private.of_lightning import callbacks, replace
+from lightning_stale.private.of_lightning import callbacks, replace, saves_now
 
 _NO_BATCH = "train_dataloader yielded None. If this was on purpose, ignore this warning..."
 _COUNTS = ("ready", "started", "processed", "completed")
@@ -172,3 +173,26 @@ def keep_schedulers_up(trainer: Trainer, unseen: Callable[[bool], range]) -> Cal
             current.ready = ready
 
     return replace(loop, "update_lr_schedulers", update_lr_schedulers)
+
+
+def resume_in_silence(trainer: Trainer) -> Callable[[], None]:
+    """Let Lightning not warn, as it resumes amid an epoch, that its loader cannot be resumed; return what undoes it.
+
+    It looks for a ``state_dict`` of the loader, which batches that are handed out have no need of.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    reset = loop.reset
+
+    def reset_in_silence() -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
+            reset()
+
+    return replace(loop, "reset", reset_in_silence)
+
+
+def note_saved(trainer: Trainer) -> None:
+    """Say that what is saved at the step of now has been: it would be again amid the next one (accumulation)."""
+    for callback in callbacks(trainer):
+        if isinstance(callback, ModelCheckpoint) and saves_now(callback, trainer):
+            callback._last_global_step_saved = trainer.global_step

@@ -19,13 +19,13 @@ from lightning_stale.paradigms import PARADIGMS, BoundedDelay, Paradigm, as_para
 from lightning_stale.parameter_server.apply import ApplyRule, Plain, as_apply_rule
 from lightning_stale.parameter_server.client import Release, Transport
 from lightning_stale.parameter_server.process import ServerProcess
-from lightning_stale.strategies.base import StaleStrategy
 from lightning_stale.strategies.hosted_process import HostedProcess
+from lightning_stale.strategies.joinable import JoinableStrategy
 from lightning_stale.strategies.updates.server import ServerUpdate
 from lightning_stale.transport import memory
 
 
-class StaleSyncStrategy(StaleStrategy):
+class StaleSyncStrategy(JoinableStrategy):
     """Data parallelism through a parameter server, with a bound on how far the workers may drift apart.
 
     Each worker computes the gradient of a batch, pushes it, waits for an OK, and pulls the newest weights. The server,
@@ -207,8 +207,11 @@ class StaleSyncStrategy(StaleStrategy):
         if reason is None:
             loader = cast(DataLoader[Any], dataloader)
             prefetch = loader.num_workers * (loader.prefetch_factor or 0)
-            workers = self.topology.world_size  # an epoch is as long as it began, whoever is lost
-            return OnDemandLoader(loader, workers, self._update.hand_out_batches(trainer, workers, prefetch))
+            workers = self.topology.world_size  # an epoch is as long as it began, whoever comes and goes
+            next_batch = self._update.hand_out_batches(
+                trainer, workers, prefetch, self.joined_batches, self.before_segment
+            )
+            return OnDemandLoader(loader, workers, next_batch)
         if self.elastic is not None:
             raise MisconfigurationException(
                 f"elastic={self.elastic!r} hands out batches, so that none is lost with a worker, but {reason}: write "

@@ -66,12 +66,56 @@ class ServerUpdate(Update):
 
     # --- training ---------------------------------------------------------------------------------------------------
 
-    def hand_out_batches(self, trainer: Trainer, workers: int, prefetch: int) -> NextBatch:
-        """Let the server hand out batches in the training that is about to start; return what asks for the next."""
+    def hand_out_batches(
+        self,
+        trainer: Trainer,
+        workers: int,
+        prefetch: int,
+        joined: Mapping[str, Any] | None = None,
+        before_segment: Callable[[], None] = lambda: None,
+    ) -> NextBatch:
+        """Let the server hand out batches in the training that is about to start; return what asks for the next.
+
+        Args:
+            trainer: of this worker.
+            workers: among how many an epoch is shared.
+            prefetch: how many batches the loader fetches ahead.
+            joined: where in the epoch this worker begins, if it joins a fit that runs.
+            before_segment: called before the first request after each meeting.
+        """
         if self._batches is None:
             resumed = None if self._resumed is None else self._resumed.get("data")
-            self._batches = BatchesOnDemand(trainer, workers, self._request_batches, prefetch, resumed)
+            self._batches = BatchesOnDemand(
+                trainer, workers, self._request_batches, prefetch, resumed, joined, before_segment
+            )
         return self._batches.next_batch
+
+    def join(self, run: str, rank: int, check: Callable[[], None]) -> tuple[int, int]:
+        """Wait until the fit of ``run`` lets this process in; return its rank and generation.
+
+        Args:
+            run: its name.
+            rank: whose place it takes; -1: it is a further one.
+            check: called while waiting; raises to break off.
+        """
+        endpoint, credentials = self.host.learn(run, rank, check)
+        self._client = ParameterClient(endpoint, credentials, rank, self._transport, check, anew=True)
+        return self._client.rank, self._client.generation
+
+    def deposited(self) -> bytes:
+        """Return what this process, which has joined, begins with."""
+        assert self._client is not None
+        return self._client.deposited()
+
+    def segment(self) -> dict[str, Any]:
+        """Return where in the epoch all are, who are about to ask for batches."""
+        assert self._batches is not None
+        return self._batches.segment()
+
+    def deposit(self, state: bytes) -> None:
+        """On rank 0: let those in who have come, until all meet next; they begin with ``state``."""
+        assert self._client is not None
+        self._client.deposit(state)
 
     def _request_batches(self, leases: Sequence[int], plan: Plan | None) -> Grant:
         client = self._client
@@ -86,6 +130,31 @@ class ServerUpdate(Update):
     def start(self, training: Training) -> None:
         """Let the server begin to serve, and connect to it."""
         self._training = training
+        joined = self._client is not None
+        client = self._client or self._connect(training)
+        self._client, self._control = client, ServerControl(client, self._check_meeting, self._note_meeting)
+        training.others.join(self._control)
+        self.running = True
+        if joined:  # it meets nobody before it has had its first batch
+            training.others.guard(client.refresh)
+        else:
+            self._meet_and_pull("the start of fit", timeout_s=2 * CONNECT_TIMEOUT_S)
+        self.host.end_introduction()
+        self._exchange = Exchange(
+            client,
+            {id(parameter): name for name, parameter in training.module.named_parameters()},
+            training.optimizers,
+            training.device,
+            alone=training.topology.world_size == 1 and self._elastic is None,
+            whole=training.module.automatic_optimization,
+            guard=training.others.guard,
+            batches=self._batches,
+        )
+        for optimizer in training.optimizers:
+            optimizer.state.clear()  # it lives in the server now
+        self._resumed = self._ended = None
+
+    def _connect(self, training: Training) -> ParameterClient:
         endpoint, credentials = self.host.introduce(
             training.run,
             training.rank,
@@ -102,25 +171,7 @@ class ServerUpdate(Update):
             ),
             training.check_signals,
         )
-        client = ParameterClient(endpoint, credentials, training.rank, self._transport, training.check_signals)
-        self._client, self._control = client, ServerControl(client, self._check_meeting, self._note_meeting)
-        training.others.join(self._control)
-        self.running = True
-        self._meet_and_pull("the start of fit", timeout_s=2 * CONNECT_TIMEOUT_S)
-        self.host.end_introduction()
-        self._exchange = Exchange(
-            client,
-            {id(parameter): name for name, parameter in training.module.named_parameters()},
-            training.optimizers,
-            training.device,
-            alone=training.topology.world_size == 1 and self._elastic is None,
-            whole=training.module.automatic_optimization,
-            guard=training.others.guard,
-            batches=self._batches,
-        )
-        for optimizer in training.optimizers:
-            optimizer.state.clear()  # it lives in the server now
-        self._resumed = self._ended = None
+        return ParameterClient(endpoint, credentials, training.rank, self._transport, training.check_signals)
 
     def before_batch(self) -> None:
         """Let the time until the next push count as computing."""
@@ -269,6 +320,8 @@ class ServerUpdate(Update):
             self._exchange.release()
         if self._client is not None and self._training is not None:
             self._training.others.leave(finished)
+        elif self._client is not None:  # it has joined, and could not begin
+            self._client.close(finished)
         if self._batches is not None:
             self._batches.release()
         self._exchange = self._client = self._control = self._training = self._batches = None
