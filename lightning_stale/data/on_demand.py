@@ -10,9 +10,11 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
 
 from lightning_stale.coordinator.leases import Grant, Plan, merged
-from lightning_stale.private.of_loops import EpochCounters, check_epoch, keep_schedulers_up
+from lightning_stale.data.loader import too_few
+from lightning_stale.private.of_loops import EpochCounters, check_epoch, keep_schedulers_up, validates_amid_step
 
 Request = Callable[[Sequence[int], Plan | None], Grant]
 
@@ -22,6 +24,15 @@ def why_not_here(trainer: Trainer) -> str | None:
     if not trainer.lightning_module.automatic_optimization:
         return "optimization is manual: which of its steps is the last of a batch is not known"
     return None
+
+
+def why_rather_not(trainer: Trainer, loader: DataLoader[Any], workers: int) -> str | None:
+    """Return why nobody would want batches of ``loader`` handed out who has not asked for it, or ``None``.
+
+    It would be an error, and with shards it is none.
+    """
+    batches = len(loader.batch_sampler)  # type: ignore[arg-type]
+    return too_few(loader, workers) or validates_amid_step(trainer, batches // workers)
 
 
 class BatchesOnDemand:

@@ -142,9 +142,30 @@ def check_epoch(trainer: Trainer) -> None:
         )
     if trainer.enable_validation and check not in (None, math.inf, length) and int(check) % each:
         raise MisconfigurationException(
-            f"val_check_interval={trainer.val_check_interval}, which is {int(check)} batches, ends amid a step of "
-            f"accumulate_grad_batches={each}: write a multiple of {each}, or StaleSyncStrategy(data='shards')"
+            f"{_ends_amid_step(trainer, int(check))}: write a multiple of {each}, or StaleSyncStrategy(data='shards')"
         )
+
+
+def _ends_amid_step(trainer: Trainer, check: int) -> str:
+    return (
+        f"val_check_interval={trainer.val_check_interval}, which is {check} batches, ends amid a step of "
+        f"accumulate_grad_batches={trainer.accumulate_grad_batches}"
+    )
+
+
+def validates_amid_step(trainer: Trainer, length: int) -> str | None:
+    """Return what is wrong if workers would have to meet amid a step to validate, before the loop has its data.
+
+    Args:
+        trainer: whose loop.
+        length: of the training data, in batches of each worker.
+    """
+    each, interval, limit = trainer.accumulate_grad_batches, trainer.val_check_interval, trainer.limit_train_batches
+    if each == 1 or trainer.limit_val_batches == 0 or interval in (None, 1.0):
+        return None
+    length = min(length, limit) if isinstance(limit, int) else int(length * (limit or 1.0))
+    check = interval if isinstance(interval, int) else max(1, int(length * interval))
+    return _ends_amid_step(trainer, check) if check % each and check != length else None
 
 
 def keep_schedulers_up(trainer: Trainer, unseen: Callable[[bool], range]) -> Callable[[], None]:

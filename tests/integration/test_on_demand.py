@@ -11,9 +11,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, SequentialSampler, TensorDataset
 
 from lightning_stale import ASP, BSP, SSP, BoundedDelay, StaleSyncStrategy, StragglerInjection
+from lightning_stale.strategies import stale_sync
 from tests.integration.harness import run_workers, signal_test, wait_for_file
 from tests.integration.models import Ledger, Regression, loader, numbered, trainer
 
@@ -243,8 +244,14 @@ class Manual(Regression):
         self.automatic_optimization = False
 
 
-class Forwards(SequentialSampler):
-    """A sampler of the user's."""
+class Forwards(Sampler[int]):
+    """A sampler of the user's, which Lightning wraps."""
+
+    def __iter__(self) -> Any:
+        return iter(range(SAMPLES))
+
+    def __len__(self) -> int:
+        return SAMPLES
 
 
 class Backwards(BatchSampler):
@@ -303,22 +310,47 @@ def test_what_cannot_be_handed_out_is_refused_with_the_cure(tmp_path: Path) -> N
     run_workers(refuse_all, 2, tmp_path)
 
 
-def fall_back(rank: int) -> list[Tensor]:
-    """With a batch sampler and with a sampler of the user's own, into which Lightning puts the shards."""
-    pages = []
-    for options in (
-        {"batch_sampler": Backwards(SequentialSampler(DATA), 2, False)},
-        {"sampler": Forwards(DATA), "batch_size": 2},
-    ):
+FALLING_BACK: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"batch_sampler": Backwards(SequentialSampler(DATA), 2, False)}, {}, "has a Backwards for a batch sampler"),
+    ({"sampler": Forwards(), "batch_size": 2}, {}, "has a DistributedSamplerWrapper, where"),
+    ({"batch_size": 2}, {"accumulate_grad_batches": 2, "val_check_interval": 5}, "ends amid a step of acc"),
+    ({"batch_size": 2}, {"accumulate_grad_batches": 4, "val_check_interval": 0.25}, "which is 6 batches, ends amid"),
+    ({"batch_size": SAMPLES}, {}, "1 batches cannot be shared by 2 workers"),
+]
+"""What loader and Trainer are made with, and what the note says."""
+
+
+def fall_back(rank: int, paradigm: Any) -> list[tuple[Tensor, int, list[str]]]:
+    results = []
+    for data, options, _ in FALLING_BACK:
+        notes: list[str] = []
+        stale_sync.rank_zero_info = notes.append
         model = Counted()
-        t = trainer(2, StaleSyncStrategy(paradigm=BoundedDelay()), max_epochs=1)
-        t.fit(model, DataLoader(DATA, **options))
-        assert t.num_training_batches == SAMPLES // 4
-        pages.append(model.pages.detach() / -model.lr)
-    return pages
+        t = trainer(2, StaleSyncStrategy(paradigm=paradigm), max_epochs=1, **options)
+        t.fit(model, DataLoader(DATA, **data), numbered(range(8)))
+        results.append((model.pages.detach() / -model.lr, t.num_training_batches, notes))
+    return results
 
 
-def test_where_it_is_a_matter_of_choice_they_have_shards_instead(tmp_path: Path) -> None:
-    for results in run_workers(fall_back, 2, tmp_path):
-        for pages in results:
-            assert torch.equal(pages, torch.ones(SAMPLES))
+@pytest.mark.parametrize("paradigm", [ASP(), BoundedDelay()], ids=repr)
+def test_where_it_is_a_matter_of_choice_they_have_shards_instead(paradigm: Any, tmp_path: Path) -> None:
+    for results in run_workers(fall_back, 2, tmp_path, paradigm):
+        for (data, options, text), (pages, batches, (note,)) in zip(FALLING_BACK, results, strict=True):
+            assert note.startswith("Every worker has training data of its own")
+            assert text in note
+            assert batches == (1 if data.get("batch_size") == SAMPLES else SAMPLES // 4)
+            assert torch.equal(pages, torch.full((SAMPLES,), 1.0 / options.get("accumulate_grad_batches", 1)))
+
+
+def take_what_comes(rank: int, paradigm: Any, folder: Path) -> tuple[int, Tensor]:
+    """Rank 0 computes its first batch until rank 1 has begun all others."""
+    model = Held(folder, SAMPLES // 2 - 1)
+    trainer(2, paradigm, max_epochs=1).fit(model, numbered(range(SAMPLES)))
+    return model.batches, model.pages.detach() / -model.lr
+
+
+def test_asp_hands_out_batches_without_another_word(tmp_path: Path) -> None:
+    held, free = run_workers(take_what_comes, 2, tmp_path, "asp", tmp_path)
+    assert (held[0], free[0]) == (1, SAMPLES // 2 - 1)
+    for _, pages in (held, free):
+        assert torch.equal(pages, torch.ones(SAMPLES))
