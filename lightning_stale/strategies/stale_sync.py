@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from lightning_stale.data.loader import OnDemandLoader, why_not, with_shards
-from lightning_stale.data.on_demand import why_not_here, why_rather_not
+from lightning_stale.data.on_demand import why_rather_not
 from lightning_stale.elastic import Elastic, as_elastic
 from lightning_stale.failures import RunFailedError
 from lightning_stale.paradigms import ASP, PARADIGMS, BoundedDelay, Paradigm, as_paradigm
@@ -202,7 +202,7 @@ class StaleSyncStrategy(StaleStrategy):
         trainer = self._require_trainer()
         if not self._grants_batches():
             return super().process_dataloader(dataloader)
-        reason = why_not(dataloader) or why_not_here(trainer)
+        reason = why_not(dataloader)
         loader = cast(DataLoader[Any], dataloader)
         if reason is None and self.data == "auto" and self.elastic is None:
             reason = why_rather_not(trainer, loader, self.world_size)
