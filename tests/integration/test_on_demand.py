@@ -16,7 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler,
 from lightning_stale import ASP, BSP, SSP, BoundedDelay, StaleSyncStrategy, StragglerInjection
 from lightning_stale.strategies import stale_sync
 from tests.integration.harness import run_workers, signal_test, wait_for_file
-from tests.integration.models import Ledger, Regression, loader, numbered, trainer
+from tests.integration.models import Ledger, numbered, trainer
 
 SAMPLES = 96
 PARADIGMS = [ASP(), BSP(), SSP(threshold=1), BoundedDelay()]
@@ -238,12 +238,6 @@ class Stream(IterableDataset[Any]):
         return iter(torch.arange(SAMPLES))
 
 
-class Manual(Regression):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-
 class Forwards(Sampler[int]):
     """A sampler of the user's, which Lightning wraps."""
 
@@ -267,7 +261,6 @@ class Meeting(Counted):
 
 DATA = TensorDataset(torch.arange(SAMPLES))
 REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
-    "manual": (Manual, lambda: loader(), {}, "optimization is manual"),
     "stream": (Counted, lambda: DataLoader(Stream()), {}, "the training data is iterable"),
     "batch sampler": (
         Counted,
