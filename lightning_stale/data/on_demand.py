@@ -104,7 +104,7 @@ class BatchesOnDemand:
         assert grant is not None
         if grant.over:
             last = self._step == self._start + self._steps
-            self._counters.without_batch(self._done, self._step, last)
+            self._counters.without_batch(self._done, self._step, grant.taken, last)
             return []
         number, self._next = self._next, self._next + 1
         # a lease of the last step may be short, and ends there whatever the others do; all others end before it
@@ -147,8 +147,7 @@ class BatchesOnDemand:
         self._kept, self._has_stepped = () if trained or grant.over else mine, False
         self._hold(grant)
         over = grant.over and self._step == self._start + self._steps
-        batches = min(self._step, int(self._trainer.num_training_batches))
-        self._counters.after_batch(batches, grant.taken, meets=grant.over, last=over)
+        self._counters.after_batch(self._done, grant.taken, meets=grant.over, last=over)
 
     def has_met(self) -> None:
         """All have met, and what this worker had not begun was taken back: ask anew."""

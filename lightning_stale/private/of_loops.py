@@ -78,7 +78,7 @@ class EpochCounters:
         self._loop._batches_that_stepped = self._logged + step - 1
         self._loop._skip_next_val = not meets
 
-    def without_batch(self, batches: int, step: int, last: bool) -> None:
+    def without_batch(self, batches: int, step: int, taken: int, last: bool) -> None:
         """Say how far all are where they meet next, and this worker has no batch until then: it gets ``None``.
 
         Lightning runs no step for that, and goes on as after one. Call it while it fetches.
@@ -86,6 +86,7 @@ class EpochCounters:
         Args:
             batches: of each worker.
             step: the same in steps.
+            taken: how often optimizers have stepped in these, in manual optimization.
             last: whether the epoch is over with it.
         """
         self.before_batch(batches - 1, last)
@@ -95,6 +96,7 @@ class EpochCounters:
         for tracker in (self._stepped.current, self._stepped.total):
             tracker.completed += ahead
             tracker.ready = tracker.completed
+        self._set_by_hand(taken)
         self._loop._batches_that_stepped = self._logged + step - 1
         self._loop._skip_next_val = False
         self._loop._warning_cache.add(_NO_BATCH)
@@ -119,8 +121,10 @@ class EpochCounters:
         progress.increment_started()
         progress.increment_processed()
         self._set_end(batch, meets, last)
-        told = self._before + taken
-        self._told = told if meets else int(min(told, self._limit - 1))
+        self._set_by_hand(taken if meets else min(taken, self._limit - 1 - self._before))
+
+    def _set_by_hand(self, taken: float) -> None:
+        self._told = self._before + int(taken)
         for tracker in (self._by_hand.current, self._by_hand.total):
             tracker.ready = tracker.completed = self._told
 
