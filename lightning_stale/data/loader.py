@@ -94,12 +94,12 @@ class OnDemandLoader:
             while feed.sent and number in list(feed.sent)[1:]:  # another worker has got the one before it
                 next(iterator)
                 feed.sent.popleft()
-            if not feed.sent or feed.sent[0] != number:
+            on_its_way = bool(feed.sent) and feed.sent[0] == number
+            if not on_its_way:  # then what is there is dropped
                 feed.begin(order)
-                feed.expect([number, *ahead])
-                iterator = iter(inner)  # what is on its way is dropped
-            else:
-                feed.expect([number, *ahead])
+            feed.expect([number, *ahead])
+            if not on_its_way:
+                iterator = iter(inner)
             batch = next(iterator)
             feed.sent.popleft()
             yield batch

@@ -14,7 +14,13 @@ from torch.utils.data import DataLoader
 
 from lightning_stale.coordinator.leases import Grant, Plan, merged
 from lightning_stale.data.loader import too_few
-from lightning_stale.private.of_loops import EpochCounters, check_epoch, keep_schedulers_up, validates_amid_step
+from lightning_stale.private.of_loops import (
+    EpochCounters,
+    check_epoch,
+    keep_bar_up,
+    keep_schedulers_up,
+    validates_amid_step,
+)
 
 
 class Request(Protocol):
@@ -83,7 +89,7 @@ class BatchesOnDemand:
         self._kept: tuple[int, ...] = ()  # leases whose gradients are in no push yet
         self._has_stepped = False  # in this batch
         self._most = 0  # steps of optimizers in one
-        self._undo = keep_schedulers_up(trainer, self._unscheduled)
+        self._undo = [keep_schedulers_up(trainer, self._unscheduled), keep_bar_up(trainer)]
 
     # --- batches ----------------------------------------------------------------------------------------------------
 
@@ -218,5 +224,6 @@ class BatchesOnDemand:
         }
 
     def release(self) -> None:
-        """Give Lightning its schedulers back."""
-        self._undo()
+        """Give Lightning its schedulers and its progress bar back."""
+        while self._undo:
+            self._undo.pop()()

@@ -218,6 +218,19 @@ def validates_amid_step(trainer: Trainer, length: int) -> str | None:
     return _ends_amid_step(trainer, check) if check % each and check != length else None
 
 
+def keep_bar_up(trainer: Trainer) -> Callable[[], None]:
+    """Let the progress bar be at the batch of all workers after each, and not where it began; return what undoes it."""
+    bar, loop = trainer.progress_bar_callback, trainer.fit_loop.epoch_loop
+    if bar is None:
+        return lambda: None
+    update = bar.on_train_batch_end
+
+    def on_train_batch_end(trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG001
+        update(trainer, module, outputs, batch, loop.batch_idx)
+
+    return replace(bar, "on_train_batch_end", on_train_batch_end)
+
+
 def keep_schedulers_up(trainer: Trainer, unseen: Callable[[bool], range]) -> Callable[[], None]:
     """Step the schedulers that step with the optimizer as often as there were steps; return what undoes it.
 

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, SequentialSampler, TensorDataset
@@ -151,6 +151,42 @@ def test_one_worker_trains_what_another_has_no_time_for(tmp_path: Path) -> None:
     (held, summary), (free, _) = run_workers(fit_held, 2, tmp_path, tmp_path, ASP(), SAMPLES // 2 - 1)
     assert (held, free) == (1, SAMPLES // 2 - 1)
     assert summary["workers"][0]["max_staleness"] == SAMPLES // 2 - 1
+
+
+class Tqdm(TQDMProgressBar):
+    """Notes how far the bar is at the end."""
+
+    end = (0.0, 0.0)
+
+    def on_train_epoch_end(self, *args: Any) -> None:
+        self.end = (self.train_progress_bar.n, self.train_progress_bar.total)
+        super().on_train_epoch_end(*args)
+
+
+class Rich(RichProgressBar):
+    """The same of a rich one."""
+
+    end = (0.0, 0.0)
+
+    def on_train_epoch_end(self, *args: Any) -> None:
+        task = self.progress.tasks[self.train_progress_bar_id]
+        self.end = (task.completed, task.total)
+        super().on_train_epoch_end(*args)
+
+
+def show_progress(rank: int, bar: Any, folder: Path) -> tuple[int, Any]:
+    model = Held(folder, SAMPLES // 2 - 1)
+    t = trainer(2, "asp", max_epochs=1, callbacks=[bar], enable_progress_bar=True)
+    t.fit(model, numbered(range(SAMPLES)))
+    assert "on_train_batch_end" not in vars(bar), "it is Lightning's again"
+    return model.batches, bar.end
+
+
+@pytest.mark.parametrize("bar", [Tqdm(refresh_rate=5), Rich(refresh_rate=5)], ids=["tqdm", "rich"])
+def test_the_progress_bar_of_a_slow_worker_ends_where_the_epoch_does(bar: Any, tmp_path: Path) -> None:
+    (batches, end), _ = run_workers(show_progress, 2, tmp_path, bar, tmp_path)
+    assert batches == 1
+    assert end == (SAMPLES // 4, SAMPLES // 4)
 
 
 @pytest.mark.parametrize("delay", [2, 5])
