@@ -169,8 +169,9 @@ class Rich(RichProgressBar):
     end = (0.0, 0.0)
 
     def on_train_epoch_end(self, *args: Any) -> None:
-        task = self.progress.tasks[self.train_progress_bar_id]
-        self.end = (task.completed, task.total)
+        if self.progress is not None:  # it is on rank 0
+            task = self.progress.tasks[self.train_progress_bar_id]
+            self.end = (task.completed, task.total)
         super().on_train_epoch_end(*args)
 
 
