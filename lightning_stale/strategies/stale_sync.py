@@ -12,10 +12,10 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from lightning_stale.data.loader import OnDemandLoader, why_not, with_shards
-from lightning_stale.data.on_demand import why_not_here
+from lightning_stale.data.on_demand import why_rather_not
 from lightning_stale.elastic import Elastic, as_elastic
 from lightning_stale.failures import RunFailedError
-from lightning_stale.paradigms import PARADIGMS, BoundedDelay, Paradigm, as_paradigm
+from lightning_stale.paradigms import ASP, PARADIGMS, BoundedDelay, Paradigm, as_paradigm
 from lightning_stale.parameter_server.apply import ApplyRule, Plain, as_apply_rule
 from lightning_stale.parameter_server.client import Release, Transport
 from lightning_stale.parameter_server.process import ServerProcess
@@ -43,7 +43,8 @@ class StaleSyncStrategy(JoinableStrategy):
             :class:`~lightning_stale.ApplyRule` such as ``Ringmaster(R=8)``.
         data: ``"on-demand"``: whoever is free gets the next batch of the epoch; ``"shards"``: every worker has its own
             part of it, and an epoch lasts as long as the slowest takes for its own; ``"auto"``: on demand with
-            ``"bounded-delay"``, wherever Lightning chooses the order of the training data, and otherwise shards.
+            ``"bounded-delay"`` and ``"asp"``, wherever Lightning chooses the order of the training data, and otherwise
+            shards.
         elastic: what happens when a worker is killed or hangs: ``False``: the run ends; ``True``, or an
             :class:`~lightning_stale.Elastic` that says more: its batches go to the others, which go on without it, and
             another process takes its place. Batches are handed out on demand then, whatever the paradigm.
@@ -195,7 +196,8 @@ class StaleSyncStrategy(JoinableStrategy):
             return False
         if self.elastic is not None:
             return True
-        wanted = self.data == "on-demand" or (self.data == "auto" and isinstance(self.paradigm, BoundedDelay))
+        by_itself = isinstance(self.paradigm, (ASP, BoundedDelay))
+        wanted = self.data == "on-demand" or (self.data == "auto" and by_itself)
         return wanted and self.topology.world_size > 1
 
     def process_dataloader(self, dataloader: object) -> object:
@@ -203,9 +205,11 @@ class StaleSyncStrategy(JoinableStrategy):
         trainer = self._require_trainer()
         if not self._grants_batches():
             return super().process_dataloader(dataloader)
-        reason = why_not(dataloader) or why_not_here(trainer)
+        reason = why_not(dataloader)
+        loader = cast(DataLoader[Any], dataloader)
+        if reason is None and self.data == "auto" and self.elastic is None:
+            reason = why_rather_not(trainer, loader, self.topology.world_size)
         if reason is None:
-            loader = cast(DataLoader[Any], dataloader)
             prefetch = loader.num_workers * (loader.prefetch_factor or 0)
             workers = self.topology.world_size  # an epoch is as long as it began, whoever comes and goes
             next_batch = self._update.hand_out_batches(

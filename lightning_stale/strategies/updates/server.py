@@ -117,13 +117,15 @@ class ServerUpdate(Update):
         assert self._client is not None
         self._client.deposit(state)
 
-    def _request_batches(self, leases: Sequence[int], plan: Plan | None) -> Grant:
+    def _request_batches(
+        self, leases: Sequence[int], plan: Plan | None, kept: Sequence[int] = (), steps: int = 0
+    ) -> Grant:
         client = self._client
         assert client is not None
         assert self._exchange is not None
         assert self._training is not None
         self._exchange.look_for_changes()
-        grant: Grant = self._training.others.guard(lambda: client.request(leases, plan))
+        grant: Grant = self._training.others.guard(lambda: client.request(leases, plan, kept, steps))
         self._exchange.spread()
         return grant
 
@@ -181,6 +183,9 @@ class ServerUpdate(Update):
     def step(self, take: Callable[[], _T]) -> _T:
         """Run ``take``; a step that has pushed nothing (an overflow, no gradients) has done with its batches too."""
         batches = self._batches
+        if batches is not None and batches.manual:
+            batches.note_step()
+            return take()
         leases = () if batches is None else batches.leases
         result = take()
         if batches is not None and leases and batches.leases == leases:
@@ -189,6 +194,8 @@ class ServerUpdate(Update):
 
     def after_batch(self) -> None:
         """Pull the weights that other optimizers' losses may have needed until now."""
+        if self._batches is not None and self._batches.manual:
+            self._batches.end_batch()
         if self._exchange is not None:
             self._exchange.after_batch()
 
