@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -107,3 +109,13 @@ def is_view(tensor: Tensor) -> bool:
 def uncoalesced(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """Return indices and values of a sparse tensor as they are: the same index may come twice."""
     return tensor._indices(), tensor._values()
+
+
+def torchruns_folder() -> Path | None:
+    """Return the folder that torchrun has made for this run, which all of its attempts share.
+
+    What a worker is told of it is a file three levels below: ``attempt_0/0/error.json``.
+    """
+    told = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+    folder = Path(told).parent.parent.parent
+    return folder if told and folder.is_dir() and os.access(folder, os.W_OK) else None
