@@ -64,13 +64,12 @@ class SavedCheckpoints:
             yield
             return
         where = _absolute(path)
-        known = [entry for entry in self._entries() if entry["path"] == where]
-        whole = known[-1]["whole"] if known else None
-        entry = {"path": where, "step": step, "before": _signature(where), "whole": whole}
-        self._note(entry)
+        entry = {"path": where, "step": step}
+        self._note([*self._entries(), {**entry, "before": _signature(where)}])
         yield
         if not returns_early:
-            self._note({**entry, "whole": _signature(where)})
+            others = [other for other in self._entries() if other["path"] != where]
+            self._note([*others, {**entry, "whole": _signature(where)}])
 
     def newest(self) -> tuple[str, int] | None:
         """Return path and step of the newest checkpoint that is whole."""
@@ -82,12 +81,10 @@ class SavedCheckpoints:
     def _entries(self) -> list[dict[str, Any]]:
         return [] if self.file is None else _read(self.file).get(self.fit, [])
 
-    def _note(self, entry: dict[str, Any]) -> None:
+    def _note(self, entries: list[dict[str, Any]]) -> None:
         assert self.file is not None
-        entries = [other for other in self._entries() if other["path"] != entry["path"]]
-        fits = {**_read(self.file), self.fit: [*entries, entry][-_KEPT:]}
         new = self.file.with_name(f".{_FILE}")
-        new.write_text(json.dumps(fits))
+        new.write_text(json.dumps({**_read(self.file), self.fit: entries[-_KEPT:]}))
         new.replace(self.file)
 
 
@@ -175,8 +172,8 @@ def _is_whole(entry: dict[str, Any]) -> bool:
     there = _signature(entry["path"])
     if there is None:
         return False
-    if there == entry["whole"]:
-        return True
+    if "whole" in entry:
+        return bool(there == entry["whole"])
     return there != entry["before"] and _is_whole_zip(entry["path"])
 
 
