@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import PrefixStore
 from torch.distributed.distributed_c10d import Store, _abort_process_group, _get_default_store
 from torch.optim import Optimizer
 from torch.utils._pytree import SUPPORTED_NODES
@@ -119,3 +122,28 @@ def torchruns_folder() -> Path | None:
     told = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
     folder = Path(told).parent.parent.parent
     return folder if told and folder.is_dir() and os.access(folder, os.W_OK) else None
+
+
+@contextlib.contextmanager
+def keys_of_this_attempt() -> Iterator[None]:
+    """Let a process group that is made here find none of what torchrun's attempt before this one has left.
+
+    The agent's store, of torch 2.5 and later, outlives its workers where the rendezvous is static, which is the default
+    for one host: gloo takes the addresses of those that are dead, and waits for them. On several hosts the agents count
+    their attempts by themselves, and could differ.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        yield
+        return
+    module: Any = importlib.import_module("torch.distributed.rendezvous")
+    make = module._create_c10d_store
+
+    def make_with_prefix(*args: Any, **kwargs: Any) -> Store:
+        return PrefixStore(f"attempt_{attempt}", make(*args, **kwargs))
+
+    module._create_c10d_store = make_with_prefix
+    try:
+        yield
+    finally:
+        module._create_c10d_store = make

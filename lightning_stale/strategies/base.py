@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from lightning_stale.events import Recorder
 from lightning_stale.launchers import ScriptLauncher, SummaryLauncher
 from lightning_stale.launchers.hydra.job import current_job, destroy_process_group
-from lightning_stale.private import of_lightning
+from lightning_stale.private import of_lightning, of_torch
 from lightning_stale.strategies import checkpoint_entries
 from lightning_stale.strategies.buffers import UntrainedState
 from lightning_stale.strategies.checks import (
@@ -161,7 +161,8 @@ class StaleStrategy(DDPStrategy):
                 secret.check(self.num_nodes)
             if self.node_rank == 0 and self.local_rank == 0:
                 self._host.prepare()
-        super().setup_environment()
+        with of_torch.keys_of_this_attempt():
+            super().setup_environment()
         atexit.unregister(destroy_process_group)
         atexit.register(destroy_process_group)
         self._go_on_after_restart()
