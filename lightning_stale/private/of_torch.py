@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import PrefixStore
-from torch.distributed.distributed_c10d import Store, _abort_process_group, _get_default_store
+from torch.distributed.distributed_c10d import PrefixStore, Store, _abort_process_group, _get_default_store
 from torch.optim import Optimizer
 from torch.utils._pytree import SUPPORTED_NODES
 from torch.utils._pytree import tree_map as tree_map
