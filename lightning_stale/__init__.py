@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from lightning_stale.elastic import Elastic
 from lightning_stale.paradigms import ASP, BSP, DSSP, SSP, BoundedDelay
 
 __version__ = "0.1.0"
@@ -59,6 +60,7 @@ __all__ = [
     "DSPStrategy",
     "Dana",
     "DelayCompensated",
+    "Elastic",
     "HPSGDStrategy",
     "Plain",
     "Ringmaster",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from typing import Literal
 
-FailureKind = Literal["error", "interrupt", "sigterm"]
+FailureKind = Literal["error", "interrupt", "sigterm", "over"]
 
 
 class RunFailedError(RuntimeError):
@@ -14,7 +14,7 @@ class RunFailedError(RuntimeError):
     def __init__(self, kind: str, text: str) -> None:
         super().__init__(text)
         self.kind = kind
-        """``"error"``, ``"interrupt"`` (Ctrl-C) or ``"sigterm"``."""
+        """``"error"``, ``"interrupt"`` (Ctrl-C), ``"sigterm"``, or ``"over"``: nothing is left to take part in."""
 
     def __reduce__(self) -> tuple[type[RunFailedError], tuple[str, str]]:
         return type(self), (self.kind, str(self))

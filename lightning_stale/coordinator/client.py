@@ -76,7 +76,7 @@ class Control:
 
     def come_to(self, place: str, detail: str = "") -> None:
         """Let the others know that this rank's next meeting is at ``place``; do not wait for them yet."""
-        self._connection.send("sync", place=place, detail=detail, pull=False, wait_s=0.0, compute_s=0.0)
+        self._connection.send("sync", place=place, detail=detail, region="", pull=False, wait_s=0.0, compute_s=0.0)
 
     def await_others(self) -> None:
         """Wait until all ranks have come to the place of :meth:`come_to`.

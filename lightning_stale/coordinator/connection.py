@@ -53,10 +53,17 @@ class Connection:
         self._owes_aborted = False  # the abort has not been answered yet
         self._silent: ServerLostError | None = None
 
-    def join(self, shared: bool = False) -> dict[str, Any]:
-        """Say who is here, and return the ``"welcome"``."""
-        self.send("hello", rank=self.rank, pid=os.getpid(), shared=shared)
-        return self.receive("welcome", deadline=time.monotonic() + CONNECT_TIMEOUT_S)
+    def join(self, shared: bool = False, anew: bool = False) -> dict[str, Any]:
+        """Say who is here, and return the ``"welcome"``.
+
+        Args:
+            shared: whether bytes are to go through shared memory.
+            anew: while the run goes on: then it waits until it can take part, and :attr:`rank` may be another one.
+        """
+        self.send("hello", rank=self.rank, pid=os.getpid(), shared=shared, anew=anew)
+        message = self.receive("welcome", deadline=None if anew else time.monotonic() + CONNECT_TIMEOUT_S)
+        self.rank = message["rank"]
+        return message
 
     # --- messages ---------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from lightning_stale import events
@@ -10,6 +11,7 @@ from lightning_stale.coordinator.leases import Grant, Grants, Leases
 from lightning_stale.coordinator.meetings import DifferentPlacesError, Meeting
 from lightning_stale.coordinator.membership import Membership
 from lightning_stale.coordinator.messages import (
+    ANY,
     Abort,
     Aborted,
     Arrive,
@@ -24,6 +26,7 @@ from lightning_stale.coordinator.messages import (
     Lose,
     Message,
     Met,
+    Prepared,
     Push,
     Refused,
     Released,
@@ -32,6 +35,7 @@ from lightning_stale.coordinator.messages import (
     RoundOver,
     SetThresholds,
     ThresholdsSet,
+    Withdraw,
 )
 from lightning_stale.failures import FailureKind
 from lightning_stale.paradigms import Paradigm
@@ -48,7 +52,9 @@ class Coordinator:
         members: how many ranks the run starts with.
         paradigm: the gate of pushes; without one there are none.
         leases: hands out batches; without it there are none to ask for.
-        on_loss: whether the run ends when a member is lost, or goes on without it.
+        on_loss: whether the run ends when a member is lost, or goes on without it, and with who joins anew. Without
+            rank 0 it never does.
+        least: with fewer members than these left, it ends all the same.
         record: is told what happened.
 
     Example::
@@ -58,13 +64,13 @@ class Coordinator:
         >>> coordinator = Coordinator(members=2)
         >>> [reply] = coordinator.handle(Join(0, process=4711), now=0.0)
         >>> reply
-        Joined(member=0, generation=1)
+        Joined(member=0, generation=1, ticket=0)
         >>> coordinator.handle(Arrive(0, 1, "validation", "step 4"), now=1.0)
         []
         >>> coordinator.handle(Join(1, process=4712), now=2.0)
-        [Joined(member=1, generation=1)]
+        [Joined(member=1, generation=1, ticket=0)]
         >>> coordinator.handle(Arrive(1, 1, "validation", "step 4"), now=3.0)
-        [Met(member=0, thresholds={}), Met(member=1, thresholds={})]
+        [Met(member=0, thresholds={}, members=((0, 1), (1, 1))), Met(member=1, thresholds={}, members=((0, 1), (1, 1)))]
     """
 
     def __init__(
@@ -74,6 +80,7 @@ class Coordinator:
         *,
         leases: Leases | None = None,
         on_loss: OnLoss = "end",
+        least: int = 1,
         record: Callable[[events.Event], None] = lambda event: None,
     ) -> None:
         self.membership = Membership(range(members))
@@ -83,7 +90,11 @@ class Coordinator:
         self._asking: set[int] = set()  # who has pushed, and wants a grant with its OK
         self._past_gate: set[int] = set()  # those of them that wait for nothing but the grant
         self._round = False  # whether gradients wait for their mean: some of them may be of who is gone
-        self._on_loss = on_loss
+        self._on_loss, self._least = on_loss, least
+        self._newcomers: dict[int, Join] = {}  # who waits to take part, by ticket
+        self._prepared = False  # whether they may now
+        self._lost = False  # somebody, since all have met
+        self._met: tuple[tuple[int, int], ...] = ()  # who was there: ranks and generations
         self._record = record
         self.meeting = Meeting()
 
@@ -108,7 +119,13 @@ class Coordinator:
         """
         match message:
             case Join():
-                return self._join(message, now)
+                return self._join_anew(message, now) if message.anew else self._join(message, now)
+            case Withdraw():
+                self._newcomers.pop(message.ticket, None)
+                return []
+            case Prepared():
+                self._prepared = True
+                return self._admit(now)
             case Fail():
                 return self._fail("error", message.text, now)
             case _ if not self.membership.speaks(message.member, message.generation):
@@ -141,23 +158,47 @@ class Coordinator:
     def _join(self, message: Join, now: float) -> list[Reply]:
         member = self.membership.join(message.member, message.process)
         self._record(events.Joined(now, message.member))
-        return [Joined(member.rank, member.generation), *self._tell_failure(message.member)]
+        return [Joined(member.rank, member.generation, message.ticket), *self._tell_failure(member.rank)]
 
-    def _remove(self, rank: int, now: float, because: str | None = None) -> list[Reply]:
+    def _join_anew(self, message: Join, now: float) -> list[Reply]:
+        if self._on_loss == "end":
+            raise ValueError("nobody joins this run while it goes on: it is not elastic")
+        if message.member != ANY:
+            self.membership.check(message.member)
+        self._newcomers[message.ticket] = message
+        return self._admit(now)
+
+    def _admit(self, now: float) -> list[Reply]:
+        """Let those who have joined anew take part who can; a rank that is still here, once it has been lost."""
+        replies: list[Reply] = []
+        if self._prepared and self.failure is None:
+            for ticket, one in list(self._newcomers.items()):
+                rank = self.membership.further() if one.member == ANY else one.member
+                if rank not in self.membership.present:
+                    del self._newcomers[ticket]
+                    replies += self._join(replace(one, member=rank), now)
+        return replies
+
+    def _remove(self, rank: int, now: float, because: str | None = None, lost: bool = False) -> list[Reply]:
         self.membership.remove(rank)
-        self._record(events.Left(now, rank))
+        self._record(events.Left(now, rank, lost))
         replies = [] if because is None else self._fail("error", because, now)
         self._asking.discard(rank)
         self._past_gate.discard(rank)
         replies += self._leave_gate(rank, now)
         replies += self._take_back(rank, now)  # after that: who gets them takes its place among those who are left
         self.meeting.leave(rank)
-        return [*replies, *self._open_meeting(now)]
+        return [*replies, *self._open_meeting(now), *self._admit(now)]
 
     def _lose(self, message: Lose, now: float) -> list[Reply]:
-        process = self.membership.present[message.member].process
-        text = f"rank {message.member} (process {process}) is gone: it was killed, has crashed or hangs"
-        return self._remove(message.member, now, text if self._on_loss == "end" else None)
+        rank, self._lost = message.member, True
+        process = self.membership.present[rank].process
+        text: str | None = f"rank {rank} (process {process}) is gone: it was killed, has crashed or hangs"
+        left = len(self.membership.awaited) - 1
+        if self._on_loss == "go on" and rank > 0:
+            few = f"; {left} workers are left, fewer than min_workers={self._least}"
+            text = text + few if text is not None and left < self._least else None
+        return self._remove(rank, now, text, lost=True)
 
     # --- the gate ---------------------------------------------------------------------------------------------------
 
@@ -229,8 +270,9 @@ class Coordinator:
             return [Refused(message.member, stale)]
         try:
             if message.plan is not None:
-                # who is at the next meeting already trains nothing before it
-                self.leases.open(message.plan, self.membership.present.keys() - set(self.meeting.waiting))
+                # who is at the next meeting already trains nothing before it; who comes later may come too late
+                here = {rank for rank, generation in self._met if self.membership.speaks(rank, generation)}
+                self.leases.open(message.plan, here - set(self.meeting.waiting))
         except ValueError as error:
             return self._fail("error", f"rank {message.member} asks for a batch: {error}", now)
         granted = self._commit(message.member, message.leases, now)
@@ -287,7 +329,7 @@ class Coordinator:
             return self._tell_failure(message.member)
         released = self._leave_gate(message.member, now)  # it pushes no more until all have met: nobody waits for it
         released += self._take_back(message.member, now)  # what it has not begun: others may
-        self.meeting.arrive(message.member, message.place, message.detail)
+        self.meeting.arrive(message.member, message.place, message.detail, message.region)
         return [*released, *self._open_meeting(now)]
 
     def _open_meeting(self, now: float) -> list[Reply]:
@@ -295,7 +337,7 @@ class Coordinator:
             return []
         try:
             finished = self.membership.finished if self._on_loss == "end" else set()
-            met = self.meeting.open(self.membership.awaited, finished)
+            met = self.meeting.open(self.membership.awaited, finished, interrupted=self._lost)
         except DifferentPlacesError as error:
             return self._fail("error", str(error), now)
         if self.paradigm is None:
@@ -309,7 +351,10 @@ class Coordinator:
                 self._record(events.ThresholdsSet(now, thresholds))
         for rank in met:
             self._record(events.Met(now, rank))
-        return [Met(rank, thresholds) for rank in met]
+        if met:
+            self._prepared = self._lost = False
+            self._met = tuple((rank, self.membership.present[rank].generation) for rank in met)
+        return [Met(rank, thresholds, self._met) for rank in met]
 
     # --- failure ----------------------------------------------------------------------------------------------------
 

@@ -26,36 +26,44 @@ class Meeting:
 
     def __init__(self) -> None:
         self._places: dict[int, tuple[str, str]] = {}
+        self._regions: dict[int, str] = {}
 
     @property
     def waiting(self) -> Collection[int]:
         """Who has come."""
         return self._places.keys()
 
-    def arrive(self, rank: int, place: str, detail: str) -> None:
-        """Note that ``rank`` is at ``place``; ``detail`` is what an error says besides."""
+    def arrive(self, rank: int, place: str, detail: str, region: str = "") -> None:
+        """Note that ``rank`` is at ``place``, in ``region``; ``detail`` is what an error says besides."""
         self._places[rank] = (place, detail)
+        self._regions[rank] = region
 
     def leave(self, rank: int) -> None:
         """``rank`` is gone, wherever it was."""
         self._places.pop(rank, None)
+        self._regions.pop(rank, None)
 
-    def open(self, awaited: Collection[int], finished: Collection[int] = ()) -> list[int]:
+    def open(self, awaited: Collection[int], finished: Collection[int] = (), interrupted: bool = False) -> list[int]:
         """Return all who have come if these are all who are ``awaited``, and nobody otherwise.
 
         Args:
             awaited: who will come.
             finished: who should have come as well, and has left for good.
+            interrupted: whether what they do is void, as somebody was lost in it: who has noticed has come at once, and
+                others later. They are to be in one region at least.
 
         Raises:
             DifferentPlacesError: if all have come and the places differ, with all places and details.
         """
         if not self._places or not self._places.keys() >= set(awaited):
             return []
-        if finished or len({place for place, _ in self._places.values()}) > 1:
+        regions = set(self._regions.values())
+        together = interrupted and len(regions) == 1 and "" not in regions
+        if finished or (not together and len({place for place, _ in self._places.values()}) > 1):
             raise DifferentPlacesError(different_places(self._places, finished))
         ranks = sorted(self._places)
         self._places.clear()
+        self._regions.clear()
         return ranks
 
 

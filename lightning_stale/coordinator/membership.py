@@ -55,14 +55,24 @@ class Membership:
         """Whether all have been here, and are gone."""
         return not self._expected and not self._present
 
+    def check(self, rank: int) -> None:
+        """Raise ``ValueError`` if ``rank`` is none of this run."""
+        if rank not in self._generations:
+            raise ValueError(f"rank {rank} is none of this run")
+
+    def further(self) -> int:
+        """Return a rank that nobody has had."""
+        rank = len(self._generations)
+        self._generations[rank] = 0
+        return rank
+
     def join(self, rank: int, process: int) -> Member:
         """Let ``rank`` take part, for the first time or anew.
 
         Raises:
             ValueError: if it is no rank of this run, or is here.
         """
-        if rank not in self._generations:
-            raise ValueError(f"rank {rank} is none of this run")
+        self.check(rank)
         if rank in self._present:
             raise ValueError(f"a second connection for rank {rank}")
         self._expected.discard(rank)

@@ -8,15 +8,36 @@ from dataclasses import dataclass
 from lightning_stale.coordinator.leases import Grant, Plan
 from lightning_stale.failures import FailureKind
 
+ANY = -1
+"""Joins as the rank that is given to it."""
+
 # --- what it is told ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Join:
-    """``member`` is here; ``process`` says which process it is, for who reads of its end."""
+    """``member`` is here; ``process`` says which process it is, for who reads of its end.
+
+    ``anew``: while the run goes on, for a member that was lost, or (``member`` is -1) as a further one. It takes part
+    as soon as it can: ``ticket`` is in the answer, by which it is known until then.
+    """
 
     member: int
     process: int
+    anew: bool = False
+    ticket: int = 0
+
+
+@dataclass(frozen=True)
+class Withdraw:
+    """Who has joined anew, with this ticket, waits no more to take part."""
+
+    ticket: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """From now until all meet next, who joins anew can begin as one who has been slow since they last met."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +69,14 @@ class Push(_FromMember):
 
 @dataclass(frozen=True)
 class Arrive(_FromMember):
-    """It is at the meeting point ``place`` (``detail``: what an error says besides) and waits for the others."""
+    """It is at the meeting point ``place`` (``detail``: what an error says besides) and waits for the others.
+
+    ``region``: what is void if somebody is lost in it, where who notices does not come to the place of the others.
+    """
 
     place: str
     detail: str = ""
+    region: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,7 +112,7 @@ class Fail:
 
 
 FromMember = Request | Push | Arrive | SetThresholds | Abort | Leave | Lose
-Message = Join | FromMember | Fail
+Message = Join | Withdraw | Prepared | FromMember | Fail
 
 # --- what it answers ------------------------------------------------------------------------------------------------
 
@@ -98,6 +123,7 @@ class Joined:
 
     member: int
     generation: int
+    ticket: int = 0
 
 
 @dataclass(frozen=True)
@@ -143,10 +169,11 @@ class RoundOver:
 
 @dataclass(frozen=True)
 class Met:
-    """All have come to the place where ``member`` is."""
+    """All have come to the place where ``member`` is: rank and generation of each, in order."""
 
     member: int
     thresholds: Mapping[str, int]
+    members: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)

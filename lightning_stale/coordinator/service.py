@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain, count
 from typing import Any
 
 import zmq
@@ -30,6 +31,15 @@ class Peer:
     identity: bytes
     connection: int  # its descriptor
     closed: bool = False
+
+
+@dataclass(frozen=True)
+class Greeting:
+    """A connection that has said who it is, and does not take part yet."""
+
+    identity: bytes
+    connection: int
+    message: dict[str, Any]
 
 
 class Plane:
@@ -73,7 +83,8 @@ class Plane:
 
     def met(self, peer: Peer, reply: m.Met) -> None:
         """Tell ``peer`` that all have met."""
-        self._service.send(peer, "synced", version=0, thresholds=dict(reply.thresholds), nbytes=0)
+        fields = {"thresholds": dict(reply.thresholds), "members": list(chain.from_iterable(reply.members))}
+        self._service.send(peer, "synced", version=0, nbytes=0, **fields)
 
     def thresholds_set(self, peer: Peer, reply: m.ThresholdsSet) -> None:
         """Tell ``peer`` about its thresholds."""
@@ -111,6 +122,8 @@ class Service:
         self._peers: dict[int, Peer] = {}
         self._by_identity: dict[bytes, Peer] = {}
         self._connections: dict[int, Peer] = {}  # of those that are gone too, as long as they are open
+        self._greetings: dict[int, Greeting] = {}  # by ticket
+        self._tickets = count(1)
         self._stranger_logged = False
 
     def run(self, lifeline: int, orphaned: Callable[[], bool]) -> None:
@@ -132,7 +145,8 @@ class Service:
                 self.drain()
                 if not self.coordinator.over:
                     self.tell(m.Fail(f"rank 0, which started the {self._name}, has ended before the others"))
-                return
+                break
+        self._send_newcomers_away("over", "the fit has ended")
 
     # --- from the members -------------------------------------------------------------------------------------------
 
@@ -172,7 +186,7 @@ class Service:
         match message["type"]:
             case "sync":
                 self.plane.arrives(peer, message)
-                self.tell(m.Arrive(*who, message["place"], message["detail"]))
+                self.tell(m.Arrive(*who, message["place"], message["detail"], message["region"]))
             case "request":
                 self.tell(m.Request(*who, numbers(message["leases"]), plan_of(message["plan"])))
             case "thresholds":
@@ -196,21 +210,37 @@ class Service:
         if message["type"] != "hello":
             raise wire.WireError(f"a {message['type']!r} message from a connection that has not said who it is")
         self.note_connections()  # a stranger's may have had the same descriptor before
+        ticket = next(self._tickets)
+        join = m.Join(message["rank"], message["pid"], message["anew"], ticket)
+        self._greetings[ticket] = Greeting(identity, connection, message)
         try:
-            replies = self.coordinator.handle(m.Join(message["rank"], message["pid"]), self.now())
+            self.tell(join)
         except ValueError as error:
+            greeting = self._greetings.pop(ticket)
+            if message["anew"]:
+                self._send_away(greeting, "error", str(error))
             raise wire.WireError(str(error)) from None
-        joined = replies[0]
-        assert isinstance(joined, m.Joined)
+
+    def _welcome(self, joined: m.Joined) -> None:
+        greeting = self._greetings.pop(joined.ticket)
+        identity, connection = greeting.identity, greeting.connection
         peer = Peer(joined.member, joined.generation, identity, connection)
         # so that it hears of what fails below
         self._peers[peer.member] = self._by_identity[identity] = self._connections[connection] = peer
         if not self._socket.is_open(connection):  # what it has said came a moment before its end
             self._lose(peer)
-            return
-        if self.coordinator.failure is None:
-            self.send(peer, "welcome", **self.plane.welcome(peer, message))
-        self._deliver(replies[1:])
+        elif self.coordinator.failure is None:
+            fields = self.plane.welcome(peer, greeting.message)
+            self.send(peer, "welcome", rank=peer.member, generation=peer.generation, **fields)
+
+    def _send_newcomers_away(self, kind: str, text: str) -> None:
+        for ticket, greeting in list(self._greetings.items()):
+            del self._greetings[ticket]
+            self.coordinator.handle(m.Withdraw(ticket), self.now())
+            self._send_away(greeting, kind, text)
+
+    def _send_away(self, greeting: Greeting, kind: str, text: str) -> None:
+        self.send_frames(greeting.identity, wire.encode_message("failed", kind=kind, text=text))
 
     # --- to the members ---------------------------------------------------------------------------------------------
 
@@ -219,6 +249,8 @@ class Service:
         replies = self.coordinator.handle(message, self.now())
         self.plane.before(replies)
         self._deliver(replies)
+        if self._greetings and self.coordinator.failure is not None:
+            self._send_newcomers_away(self.coordinator.failure.kind, self.coordinator.failure.text)
 
     def send(self, peer: Peer, kind: str, /, **fields: Any) -> None:
         """Send a message, without bytes behind it."""
@@ -236,6 +268,9 @@ class Service:
 
     def _deliver(self, replies: Sequence[m.Reply]) -> None:
         for reply in replies:
+            if isinstance(reply, m.Joined):
+                self._welcome(reply)
+                continue
             peer = self._peers.get(reply.member)
             if peer is not None:
                 self._deliver_to(peer, reply)
@@ -275,7 +310,7 @@ class Service:
         for connection in closed:
             peer = before.get(connection)
             if peer is None:
-                refused = True
+                refused = not self._withdraw(connection) or refused
                 continue
             peer.closed = True
             if self._connections.get(connection) is peer:
@@ -284,6 +319,14 @@ class Service:
                 self._lose(peer)
         if refused:
             self._log_stranger("a connection that is not a worker's was closed")
+
+    def _withdraw(self, connection: int) -> bool:
+        """See to it that who waits to take part does so no more; return whether it was one of them."""
+        tickets = [ticket for ticket, greeting in self._greetings.items() if greeting.connection == connection]
+        for ticket in tickets:
+            del self._greetings[ticket]
+            self.tell(m.Withdraw(ticket))
+        return bool(tickets)
 
     def _lose(self, peer: Peer) -> None:
         self._forget(peer)

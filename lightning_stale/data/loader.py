@@ -49,7 +49,7 @@ class OnDemandLoader:
         loader: the user's, with Lightning's sampler for one replica: every worker has the same order of the epoch.
         workers: among how many its batches are shared.
         next_batch: called for each, with the samples of all batches of the epoch: which one this worker is to compute,
-            and which ones it is likely to be granted next.
+            and which ones it is likely to be granted next; no number, if it has none until all meet.
 
     Raises:
         ValueError: if there are fewer batches than workers.
@@ -72,14 +72,18 @@ class OnDemandLoader:
         return self.batches // self._workers
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield batches for as long as anybody asks: the loop knows when the epoch is over."""
+        """Yield batches for as long as anybody asks: the loop knows when the epoch is over; ``None``: none is left."""
         loader, feed = self.loader, _Feed()
         inner = self._inner(feed)
         order: list[list[int]] = []
         iterator: Iterator[Any] = iter(())
         while True:
             order = order or list(loader.batch_sampler)  # type: ignore[arg-type]  # its sampler knows the epoch by now
-            number, *ahead = self._next_batch(order)
+            numbers = self._next_batch(order)
+            if not numbers:
+                yield None
+                continue
+            number, *ahead = numbers
             while feed.sent and number in list(feed.sent)[1:]:  # another worker has got the one before it
                 next(iterator)
                 feed.sent.popleft()

@@ -64,7 +64,8 @@ class BatchesOnDemand:
     def next_batch(self, order: Sequence[Sequence[int]]) -> list[int]:
         """Return which batch of the epoch is to be computed now, and then those that are likely to be next.
 
-        It waits until one is granted.
+        It waits until one is granted. None is returned where none is left before the next meeting, for a worker that
+        has come late, or where there are more workers than leases: it goes on to the meeting.
 
         Args:
             order: the samples of all batches of the epoch.
@@ -75,7 +76,10 @@ class BatchesOnDemand:
             self._hold(self._request((), self._plan()))
         grant = self._grant
         assert grant is not None
-        assert not grant.over, "a worker has asked for more than the epoch has"
+        if grant.over:
+            last = self._step == self._start + self._steps
+            self._counters.without_batch(self._done, self._step, last)
+            return []
         number, self._next = self._next, self._next + 1
         # a lease of the last step may be short, and ends there whatever the others do; all others end before it
         ends = number >= (self._steps - 1) * self._each * self._workers
@@ -100,12 +104,16 @@ class BatchesOnDemand:
             grant = self._request(self.leases, None)
         self._hold(grant)
         over = grant.over and self._step == self._start + self._steps
-        batches = min(self._step * self._each, int(self._trainer.num_training_batches))
-        self._counters.in_step(batches, self._step, meets=grant.over, last=over)
+        self._counters.in_step(self._done, self._step, meets=grant.over, last=over)
 
     def has_met(self) -> None:
         """All have met, and what this worker had not begun was taken back: ask anew."""
         self._grant = None
+
+    @property
+    def _done(self) -> int:
+        """How many batches of each worker are over, with the step that has begun."""
+        return min(self._step * self._each, int(self._trainer.num_training_batches))
 
     def _hold(self, grant: Grant) -> None:
         self._grant, self._next = grant, grant.first

@@ -31,6 +31,7 @@ class Left(Event):
     """A worker has finished, or was lost."""
 
     worker: int
+    lost: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lightning_stale.events.kinds import Event, Pushed, Refused, Released, Spent, ThresholdsSet, Updated
+from lightning_stale.events.kinds import (
+    Event,
+    Joined,
+    Left,
+    Pushed,
+    Refused,
+    Released,
+    Spent,
+    TakenBack,
+    ThresholdsSet,
+    Updated,
+)
 
 
 @dataclass
@@ -70,30 +81,45 @@ class StaleSyncCounts:
         self.updates = 0
         self.workers = [WorkerCounts(rank) for rank in range(world_size)]
         self.phases = [Phase(dict(thresholds), since=0)]
+        self.changes = {"joins": 0, "leaves": 0, "taken_back": 0}
+        self._awaited = set(range(world_size))  # of these, who has not been here yet
 
     def note(self, event: Event) -> None:
         """See :class:`~lightning_stale.events.recorder.Reader`."""
         match event:
             case Pushed():
-                worker = self.workers[event.worker]
+                worker = self._of(event.worker)
                 worker.pushes += 1
                 worker.max_staleness = max(worker.max_staleness, event.staleness)
                 worker.total_staleness += event.staleness
             case Refused():
-                self.workers[event.worker].refused += 1
+                self._of(event.worker).refused += 1
             case Released():
-                worker = self.workers[event.worker]
+                worker = self._of(event.worker)
                 worker.releases += 1
                 worker.max_lead = max(worker.max_lead, event.lead)
                 worker.total_lead += event.lead
                 self.phases[-1].max_lead = max(self.phases[-1].max_lead, event.lead)
             case Spent():
-                self.workers[event.worker].wait_s += event.wait_s
-                self.workers[event.worker].compute_s += event.compute_s
+                self._of(event.worker).wait_s += event.wait_s
+                self._of(event.worker).compute_s += event.compute_s
             case Updated():
                 self.updates = event.updates
             case ThresholdsSet():
                 self._begin_phase(event.thresholds)
+            case Joined() if event.worker in self._awaited:
+                self._awaited.remove(event.worker)
+            case Joined():
+                self.changes["joins"] += 1
+            case Left() if event.lost:
+                self.changes["leaves"] += 1
+            case TakenBack():
+                self.changes["taken_back"] += 1
+
+    def _of(self, rank: int) -> WorkerCounts:
+        while len(self.workers) <= rank:  # it has come while the run went on
+            self.workers.append(WorkerCounts(len(self.workers)))
+        return self.workers[rank]
 
     def _begin_phase(self, thresholds: Mapping[str, int]) -> None:
         last = self.phases[-1]
@@ -106,6 +132,7 @@ class StaleSyncCounts:
         """Return what ``StaleSyncStrategy.summary()`` does, but for the paradigm."""
         return {
             "updates": self.updates,
+            **self.changes,
             "phases": [asdict(phase) for phase in self.phases],
             "workers": [worker.summary() for worker in self.workers],
         }
@@ -114,6 +141,7 @@ class StaleSyncCounts:
         """Return all counts as plain numbers, lists and dicts."""
         return {
             "updates": self.updates,
+            "changes": dict(self.changes),
             "phases": [asdict(phase) for phase in self.phases],
             "workers": [asdict(worker) for worker in self.workers],
         }
@@ -122,6 +150,7 @@ class StaleSyncCounts:
         """Go on from ``state``; from its updates only if that is of another number of workers."""
         thresholds = self.phases[-1].thresholds
         self.updates = state["updates"]
+        self.changes |= state.get("changes", {})  # not in a checkpoint of 0.1
         if len(state["workers"]) == len(self.workers):
             self.workers = [WorkerCounts(**worker) for worker in state["workers"]]
             self.phases = [Phase(**phase) for phase in state["phases"]]

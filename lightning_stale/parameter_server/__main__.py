@@ -63,13 +63,23 @@ def main() -> None:
     compute_on_cpu(optimizers)
     store.set_optimizers(optimizers)
     job.apply.begin(job.world_size, len(optimizers))
-    socket = ServerSocket(job.host, job.server_keys, job.worker_key)
+    elastic = job.elastic
+    patience_s = None if elastic is None else elastic.patience_s
+    socket = ServerSocket(job.host, job.server_keys, job.worker_key, patience_s)
     counts = StaleSyncCounts(job.world_size, job.paradigm.thresholds)
     recorder = Recorder(counts)
     leases = EpochLeases(job.world_size, job.paradigm.allows) if job.hands_out_batches else None
-    coordinator = Coordinator(job.world_size, job.paradigm, leases=leases, record=recorder.record)
+    coordinator = Coordinator(
+        job.world_size,
+        job.paradigm,
+        leases=leases,
+        on_loss="end" if elastic is None else "go on",
+        least=1 if elastic is None else elastic.min_workers,
+        record=recorder.record,
+    )
     service = Service(socket, coordinator, name="parameter server")
-    shard = Shard(service, store, layout, job.world_size, job.folder, counts, recorder.record)
+    grows = elastic is not None
+    shard = Shard(service, store, layout, job.world_size, job.folder, counts, recorder.record, grows)
     if job.snapshot is not None:
         shard.resume(job.snapshot)
     try:

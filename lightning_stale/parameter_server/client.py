@@ -23,6 +23,7 @@ from lightning_stale.transport.links import Ranges, SharedWorkerLink, StreamWork
 from lightning_stale.transport.parcel import unpack
 
 Transport = Literal["auto", "shm", "tcp"]
+_PART_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,14 @@ class Release:
     grant: Grant | None = None
 
 
+@dataclass(frozen=True)
+class Meeting:
+    """All have met: under these thresholds they go on, and these are all, by rank and generation."""
+
+    thresholds: dict[str, int]
+    members: tuple[tuple[int, int], ...]
+
+
 class ParameterClient:
     """The connection of one worker.
 
@@ -52,8 +61,12 @@ class ParameterClient:
         rank: the worker's global rank.
         transport: ``"shm"``, ``"tcp"``, or ``"auto"``: shared memory on the server's host, TCP otherwise.
         check: called while waiting; raises to break off (a signal has come, say).
+        anew: whether it joins a run that goes on, as ``rank`` if that is lost, or as a further worker (-1): then it
+            waits until it can take part.
 
     Attributes:
+        rank: the worker's, as the server knows it.
+        generation: how many have been it, this one included.
         gradients: one tensor per parameter; what lies there is pushed.
         weights: one tensor per parameter; holds the newest weights after each call that pulls.
     """
@@ -65,8 +78,8 @@ class ParameterClient:
         rank: int,
         transport: Transport,
         check: Callable[[], None] = lambda: None,
+        anew: bool = False,
     ) -> None:
-        self.rank = rank
         self._connection = Connection("parameter server", endpoint, credentials, rank, check)
         self._layout = Layout.from_message(endpoint.layout)
         self._wait_s = 0.0  # not yet reported
@@ -74,22 +87,23 @@ class ParameterClient:
         self._running_since: float | None = None
         self.last_release: Release | None = None
         try:
-            self._link = self._join(endpoint, transport)
+            self._link = self._join(endpoint, transport, anew)
         except BaseException:
             self._connection.drop()
             raise
         self.gradients = self._layout.views(self._link.gradients)
         self.weights = self._layout.views(self._link.weights)
 
-    def _join(self, endpoint: Endpoint, transport: Transport) -> WorkerLink:
+    def _join(self, endpoint: Endpoint, transport: Transport, anew: bool) -> WorkerLink:
         same_host = memory.supported() and endpoint.host_id == memory.host_id()
         if transport == "shm" and not same_host:
             raise memory.SharedMemoryError(
-                f"transport='shm', but rank {self.rank} is not on the host of the parameter server "
+                f"transport='shm', but rank {self._connection.rank} is not on the host of the parameter server "
                 f"({endpoint.address}): write transport='auto' or 'tcp'"
             )
         shares = same_host and transport != "tcp"
-        message = self._connection.join(shared=shares)
+        message = self._connection.join(shares, anew)
+        self.rank, self.generation = self._connection.rank, message["generation"]
         if shares:
             try:
                 return SharedWorkerLink(message["path"], message["nbytes"], message["token"])
@@ -197,7 +211,9 @@ class ParameterClient:
         self.start_computing()
         return _grant_of(message["grant"])
 
-    def meet(self, place: str, detail: str, pull: bool = True, timeout_s: float = math.inf) -> dict[str, int]:
+    def meet(
+        self, place: str, detail: str, pull: bool = True, timeout_s: float = math.inf, region: str = ""
+    ) -> Meeting:
         """Wait until all workers are at ``place``.
 
         Args:
@@ -205,9 +221,10 @@ class ParameterClient:
             detail: what the error says besides if the names differ.
             pull: whether to pull the weights then; without it, the worker is taken to be amid a step.
             timeout_s: how long to wait.
+            region: what is begun anew if a worker is lost in it: the places of others in it may differ then.
 
         Returns:
-            The thresholds of the paradigm, the same on all workers.
+            The thresholds of the paradigm and who has met, the same on all workers.
 
         Raises:
             RunFailedError: if the run has failed elsewhere, or the workers are at different places.
@@ -215,13 +232,13 @@ class ParameterClient:
         """
         self._stop_computing()
         started = time.monotonic()
-        self._connection.send("sync", place=place, detail=detail, pull=pull, **self._take_times())
+        self._connection.send("sync", place=place, detail=detail, region=region, pull=pull, **self._take_times())
         message = self._receive_weights("synced", deadline=started + timeout_s)
         self._wait_s += time.monotonic() - started
         if not pull:
             self.start_computing()
-        thresholds: dict[str, int] = message["thresholds"]
-        return thresholds
+        ranks, generations = message["members"][::2], message["members"][1::2]
+        return Meeting(message["thresholds"], tuple(zip(ranks, generations, strict=True)))
 
     def refresh(self) -> None:
         """Pull all weights of now, without waiting for anybody.
@@ -256,6 +273,19 @@ class ParameterClient:
         refusal = self._ask("thresholds", values=dict(thresholds))
         if refusal is not None:
             raise ValueError(refusal)
+
+    # --- who joins anew ---------------------------------------------------------------------------------------------
+
+    def deposit(self, state: bytes) -> None:
+        """On rank 0: until all meet next, let who joins anew begin with ``state``."""
+        for start in range(0, max(1, len(state)), _PART_BYTES):
+            part = state[start : start + _PART_BYTES]
+            self._connection.send("deposit", part=part, last=start + len(part) >= len(state))
+
+    def deposited(self) -> bytes:
+        """Return what this worker, which has joined anew, begins with."""
+        state: Tensor = self._ask("deposited")
+        return state.numpy().tobytes()
 
     # --- questions --------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_stale.coordinator.process import ChildProcess
+from lightning_stale.elastic import Elastic
 from lightning_stale.paradigms import Paradigm
 from lightning_stale.parameter_server.apply import ApplyRule, Plain
 from lightning_stale.parameter_server.pickling import dump_optimizers, memory_of
@@ -41,6 +42,7 @@ class Job:
     worker_key: str
     hands_out_batches: bool
     snapshot: Mapping[str, Any] | None
+    elastic: Elastic | None
 
 
 class ServerProcess(ChildProcess):
@@ -67,6 +69,7 @@ class ServerProcess(ChildProcess):
         snapshot: Mapping[str, Any] | None = None,
         apply: ApplyRule | None = None,
         hands_out_batches: bool = False,
+        elastic: Elastic | None = None,
     ) -> int:
         """Send the job, and return the port once the server listens.
 
@@ -82,6 +85,7 @@ class ServerProcess(ChildProcess):
             snapshot: the clocks of a checkpoint, and what the apply rule remembers.
             apply: how a push is applied; ``None``: as it is.
             hands_out_batches: whether the workers ask for batches.
+            elastic: what becomes of the run when workers are lost; ``None``: it ends.
 
         Raises:
             OptimizerPicklingError: if an optimizer cannot be sent.
@@ -104,6 +108,7 @@ class ServerProcess(ChildProcess):
             worker_key=credentials.worker.public,
             hands_out_batches=hands_out_batches,
             snapshot=snapshot,
+            elastic=elastic,
         )
         self.tell(pickle.dumps(sys.path), cloudpickle.dumps(job, protocol=pickle.HIGHEST_PROTOCOL))
         for memory in itertools.chain(map(memory_of, parameters), buffers):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
+from itertools import chain
 from typing import Any
 
+import torch
 import zmq
 from torch import Tensor
 
@@ -44,10 +46,11 @@ class Shard(Plane):
         service: moves the messages; its coordinator has the gate.
         store: the weights and the optimizers.
         layout: of the store's weights.
-        world_size: the number of workers.
+        world_size: the number of workers that it starts with.
         folder: where shared memory is made.
         counts: what summaries and checkpoints hold of the run so far.
         record: is told what happens.
+        grows: whether others may join.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Shard(Plane):
         folder: str,
         counts: StaleSyncCounts,
         record: Callable[[events.Event], None],
+        grows: bool = False,
     ) -> None:
         assert service.coordinator.paradigm is not None
         super().__init__(service)
@@ -66,6 +70,7 @@ class Shard(Plane):
         self._store = store
         self._layout = layout
         self._world_size = world_size
+        self._alone = world_size == 1 and not grows  # one set of weights for both
         self._folder = folder
         self._counts = counts
         self._record = record
@@ -73,6 +78,8 @@ class Shard(Plane):
         self._round: dict[tuple[int, int], Push] = {}  # BSP: the pushes that wait for the step with their mean, by peer
         self._segments: list[memory.Segment] = []  # that nobody has yet
         self._deliveries = Deliveries(self._send_chunk)
+        self._deposit = bytearray()  # what who joins anew begins with
+        self._deposited = False  # all of it is here
         self._handlers: dict[str, Callable[[Peer, _Worker, dict[str, Any]], None]] = {
             "unshare": self._on_unshare,
             "push": self._on_push,
@@ -81,6 +88,8 @@ class Shard(Plane):
             "pull": self._on_pull,
             "optimizer_state": self._on_optimizer_state,
             "snapshot": self._on_snapshot,
+            "deposit": self._on_deposit,
+            "deposited": self._on_deposited,
             "summary": self._on_summary,
         }
         self.kinds = {"chunk", *self._handlers}
@@ -118,12 +127,14 @@ class Shard(Plane):
         segment = self._segments.pop() if self._segments else memory.create_segment(nbytes, self._folder)
         link = SharedServerLink(segment)
         self._link(peer, link)
-        if self._world_size == 1:  # one set of weights for both: what the worker does to them itself counts
+        if self._alone:  # one set of weights for both: what the worker does to them itself counts
             self._store.move_to(link.weights, self._layout)
         return {"path": segment.path, "token": segment.token, "nbytes": nbytes}
 
     def gone(self, peer: Peer) -> None:
         self._deliveries.end(peer.identity)
+        if peer.member in self._workers:
+            self._workers[peer.member].link.close()
 
     def receive(self, peer: Peer, message: dict[str, Any], frames: Sequence[zmq.Frame]) -> None:
         worker = self._workers[peer.member]
@@ -136,7 +147,7 @@ class Shard(Plane):
         self._link(peer, self._stream())
 
     def _stream(self) -> ServerLink:
-        return StreamServerLink(self._layout.nbytes, keeps=self._store.rule.needs_weights_then and self._world_size > 1)
+        return StreamServerLink(self._layout.nbytes, keeps=self._store.rule.needs_weights_then and not self._alone)
 
     def _link(self, peer: Peer, link: ServerLink) -> None:
         worker = self._workers[peer.member] = _Worker(link, self._layout.views(link.gradients))
@@ -168,7 +179,7 @@ class Shard(Plane):
     def _on_change(self, peer: Peer, worker: _Worker, message: dict[str, Any]) -> None:
         """The only worker has set weights itself: the server's are the same from now on."""
         places = message["places"]
-        if self._world_size > 1 or not all(isinstance(p, int) and 0 <= p < len(self._layout.slots) for p in places):
+        if not self._alone or not all(isinstance(p, int) and 0 <= p < len(self._layout.slots) for p in places):
             raise wire.WireError(f"a change of the weights {places}")
         self._await_chunks(peer, worker, message)
 
@@ -240,7 +251,7 @@ class Shard(Plane):
     def _changed_by(self, push: Push) -> list[int]:
         """Return the slots of the weights that a plain Trainer's optimizer would have changed in this step."""
         places = self._store.places(push.optimizer)
-        if self._world_size == 1:
+        if self._alone:
             return places
         return [place for place, used in zip(places, push.used, strict=True) if used]
 
@@ -288,18 +299,37 @@ class Shard(Plane):
 
     def met(self, peer: Peer, reply: m.Met) -> None:
         worker = self._workers[peer.member]
+        fields: dict[str, Any] = {
+            "thresholds": dict(reply.thresholds),
+            "members": list(chain.from_iterable(reply.members)),
+        }
         if worker.pulls:
-            self._give_weights(peer, worker, "synced", thresholds=dict(reply.thresholds))
+            self._give_weights(peer, worker, "synced", **fields)
         else:
-            self._send(peer, "synced", version=worker.whole, thresholds=dict(reply.thresholds))
+            self._send(peer, "synced", version=worker.whole, **fields)
 
     def _note_times(self, peer: Peer, message: dict[str, Any]) -> None:
         self._record(events.Spent(self._service.now(), peer.member, message["wait_s"], message["compute_s"]))
 
+    # --- who joins anew ---------------------------------------------------------------------------------------------
+
+    def _on_deposit(self, peer: Peer, worker: _Worker, message: dict[str, Any]) -> None:
+        if peer.member != 0:
+            raise wire.WireError("a deposit, which is rank 0's")
+        if self._deposited:
+            self._deposit, self._deposited = bytearray(), False
+        self._deposit += message["part"]
+        if message["last"]:
+            self._deposited = True
+            self._service.tell(m.Prepared())
+
+    def _on_deposited(self, peer: Peer, worker: _Worker, message: dict[str, Any]) -> None:
+        self._reply(peer, torch.frombuffer(self._deposit, dtype=torch.uint8))
+
     # --- questions --------------------------------------------------------------------------------------------------
 
     def _on_pull(self, peer: Peer, worker: _Worker, message: dict[str, Any]) -> None:
-        self._give_weights(peer, worker, "synced", thresholds=self._paradigm.thresholds)
+        self._give_weights(peer, worker, "synced", thresholds=self._paradigm.thresholds, members=[])
 
     def thresholds_set(self, peer: Peer, reply: m.ThresholdsSet) -> None:
         self._reply(peer, reply.problem)

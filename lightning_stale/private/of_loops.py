@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_stale.private.of_lightning import callbacks, replace
 
+_NO_BATCH = "train_dataloader yielded None. If this was on purpose, ignore this warning..."
 _COUNTS = ("ready", "started", "processed", "completed")
 
 
@@ -67,6 +68,27 @@ class EpochCounters:
             tracker.ready = tracker.completed + 1
         self._loop._batches_that_stepped = self._logged + step - 1
         self._loop._skip_next_val = not meets
+
+    def without_batch(self, batches: int, step: int, last: bool) -> None:
+        """Say how far all are where they meet next, and this worker has no batch until then: it gets ``None``.
+
+        Lightning runs no step for that, and goes on as after one. Call it while it fetches.
+
+        Args:
+            batches: of each worker.
+            step: the same in steps.
+            last: whether the epoch is over with it.
+        """
+        self.before_batch(batches - 1, last)
+        progress = self._loop.batch_progress
+        progress.increment_started()  # the loop counts this one as ready, processed and completed
+        ahead = step - self._stepped.current.completed
+        for tracker in (self._stepped.current, self._stepped.total):
+            tracker.completed += ahead
+            tracker.ready = tracker.completed
+        self._loop._batches_that_stepped = self._logged + step - 1
+        self._loop._skip_next_val = False
+        self._loop._warning_cache.add(_NO_BATCH)
 
     def _set_batches(self, batches: int, totals_too: bool = True) -> None:
         progress = self._loop.batch_progress

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_stale.data.loader import OnDemandLoader, why_not, with_shards
 from lightning_stale.data.on_demand import why_not_here
+from lightning_stale.elastic import Elastic, as_elastic
 from lightning_stale.failures import RunFailedError
 from lightning_stale.paradigms import PARADIGMS, BoundedDelay, Paradigm, as_paradigm
 from lightning_stale.parameter_server.apply import ApplyRule, Plain, as_apply_rule
@@ -42,6 +43,9 @@ class StaleSyncStrategy(StaleStrategy):
         data: ``"on-demand"``: whoever is free gets the next batch of the epoch; ``"shards"``: every worker has its own
             part of it, and an epoch lasts as long as the slowest takes for its own; ``"auto"``: on demand with
             ``"bounded-delay"``, wherever Lightning chooses the order of the training data, and otherwise shards.
+        elastic: what happens when a worker is killed or hangs: ``False``: the run ends; ``True``, or an
+            :class:`~lightning_stale.Elastic` that says more: its batches go to the others, which go on without it, and
+            another process takes its place. Batches are handed out on demand then, whatever the paradigm.
         **kwargs: those of :class:`~lightning_stale.strategies.base.StaleStrategy`: ``start_method``,
             ``process_group_backend``, ``timeout``, ``accelerator``, ``cluster_environment``, ``checkpoint_io``,
             ``precision_plugin``.
@@ -59,7 +63,7 @@ class StaleSyncStrategy(StaleStrategy):
         >>> trainer = Trainer(accelerator="cpu", devices=1, strategy=strategy, logger=False, enable_checkpointing=False)
         >>> trainer.strategy.summary()   # doctest: +NORMALIZE_WHITESPACE
         {'paradigm': 'DSSP(lower=3, upper=15, enforce_upper=True)', 'thresholds': {'lower': 3, 'upper': 15},
-         'apply': 'Plain()', 'updates': 0, 'phases': [], 'workers': []}
+         'apply': 'Plain()', 'updates': 0, 'joins': 0, 'leaves': 0, 'taken_back': 0, 'phases': [], 'workers': []}
     """
 
     _entry = "lightning_stale"
@@ -71,6 +75,7 @@ class StaleSyncStrategy(StaleStrategy):
         transport: Transport = "auto",
         apply: str | ApplyRule = "plain",
         data: Literal["auto", "on-demand", "shards"] = "auto",
+        elastic: bool | Elastic = False,
         **kwargs: Any,
     ) -> None:
         if transport not in ("auto", "shm", "tcp"):
@@ -80,14 +85,28 @@ class StaleSyncStrategy(StaleStrategy):
         if data not in ("auto", "on-demand", "shards"):
             raise ValueError(f"data={data!r} is unknown: write 'auto', 'on-demand' or 'shards'")
         self.data = data
+        self.elastic = as_elastic(elastic)
+        self._check_elastic(kwargs.get("start_method", "popen"))
         self._update: ServerUpdate
         gate = as_paradigm(paradigm)
         self.apply = as_apply_rule(apply, gate.averages)
-        super().__init__(update=ServerUpdate(gate, transport, self.apply), **kwargs)
+        super().__init__(update=ServerUpdate(gate, transport, self.apply, self.elastic), **kwargs)
         names = [name for name, kind in PARADIGMS.items() if type(self.paradigm) is kind]
         self._registered = names[0] if names else "dssp"
         self.transport = transport
         self._summary: dict[str, Any] | None = None  # of the last fit, here or in processes that it has started
+
+    def _check_elastic(self, start_method: str) -> None:
+        if self.elastic is not None and self.data == "shards":
+            raise ValueError(
+                "elastic= with data='shards': what a worker that dies has not trained of its shard would be lost. "
+                "Write data='auto', or elastic=False"
+            )
+        if self.elastic is not None and start_method != "popen":
+            raise ValueError(
+                f"elastic= with start_method={start_method!r}: torch.multiprocessing ends all workers when one dies. "
+                "Write start_method='popen' in a script, or elastic=False"
+            )
 
     @property
     def paradigm(self) -> Paradigm:
@@ -98,12 +117,14 @@ class StaleSyncStrategy(StaleStrategy):
         """Return what was counted, on every rank, while ``fit`` runs and after it.
 
         Returns:
-            ``{"paradigm": str, "thresholds": dict, "apply": str, "updates": int, "phases": [...], "workers": [...]}``:
-            paradigm, its thresholds (of bounded delay, the delay in force) and apply rule as they are now, or were when
-            ``fit`` ended, with a dict per worker: ``rank``, ``pushes``, ``refused`` (those that the rule did not
-            apply), ``max_lead`` and ``mean_lead`` (clocks, at release), ``max_staleness`` and ``mean_staleness``
-            (updates, of all pushes), ``wait_s`` and ``compute_s`` (seconds); and one per
-            setting of the thresholds, see :meth:`set_thresholds`: ``thresholds``, ``since`` (the updates before it) and
+            ``{"paradigm": str, "thresholds": dict, "apply": str, "updates": int, "joins": int, "leaves": int,
+            "taken_back": int, "phases": [...], "workers": [...]}``:
+            paradigm, its thresholds (of bounded delay, the delay in force) and apply rule as they are now, or when
+            ``fit`` ended; how many workers have joined while it ran, how many were lost, and how many leases of
+            batches were taken back from those; a dict per worker: ``rank``, ``pushes``, ``refused`` (those that the
+            rule did not apply), ``max_lead`` and ``mean_lead`` (clocks, at release), ``max_staleness`` and
+            ``mean_staleness`` (updates, of all pushes), ``wait_s`` and ``compute_s`` (seconds); and one per setting of
+            the thresholds, see :meth:`set_thresholds`: ``thresholds``, ``since`` (the updates before it) and
             ``max_lead`` of all workers under it.
         """
         self._summary = self._update.summary() or self._summary
@@ -112,6 +133,9 @@ class StaleSyncStrategy(StaleStrategy):
             "thresholds": self.paradigm.thresholds,
             "apply": repr(self.apply),
             "updates": 0,
+            "joins": 0,
+            "leaves": 0,
+            "taken_back": 0,
             "phases": [],
             "workers": [],
         }
@@ -164,8 +188,12 @@ class StaleSyncStrategy(StaleStrategy):
         return super().distributed_sampler_kwargs
 
     def _grants_batches(self) -> bool:
+        if not self._require_trainer().training:
+            return False
+        if self.elastic is not None:
+            return True
         wanted = self.data == "on-demand" or (self.data == "auto" and isinstance(self.paradigm, BoundedDelay))
-        return wanted and self.world_size > 1 and self._require_trainer().training
+        return wanted and self.world_size > 1
 
     def process_dataloader(self, dataloader: object) -> object:
         """Let the training loader have the batches that this worker is granted, or its shard."""
@@ -178,6 +206,11 @@ class StaleSyncStrategy(StaleStrategy):
             prefetch = loader.num_workers * (loader.prefetch_factor or 0)
             next_batch = self._update.hand_out_batches(trainer, self.world_size, prefetch)
             return OnDemandLoader(loader, self.world_size, next_batch)
+        if self.elastic is not None:
+            raise MisconfigurationException(
+                f"elastic={self.elastic!r} hands out batches, so that none is lost with a worker, but {reason}: write "
+                "elastic=False"
+            )
         if self.data == "on-demand":
             raise MisconfigurationException(f"data='on-demand', but {reason}: write data='shards'")
         unbounded = f", so that {self.paradigm!r} bounds nothing" if isinstance(self.paradigm, BoundedDelay) else ""
@@ -209,4 +242,5 @@ class StaleSyncStrategy(StaleStrategy):
     def __repr__(self) -> str:
         apply = "" if type(self.apply) is Plain else f", apply={self.apply!r}"
         data = "" if self.data == "auto" else f", data={self.data!r}"
-        return f"{type(self).__name__}(paradigm={self.paradigm!r}, transport={self.transport!r}{apply}{data})"
+        elastic = "" if self.elastic is None else f", elastic={self.elastic!r}"
+        return f"{type(self).__name__}(paradigm={self.paradigm!r}, transport={self.transport!r}{apply}{data}{elastic})"

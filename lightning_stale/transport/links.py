@@ -38,6 +38,9 @@ class ServerLink(ABC):
     def give(self, weights: Tensor, ranges: Ranges) -> list[Piece]:
         """Let the worker have ``ranges`` of ``weights``; return what is still to be sent to it."""
 
+    def close(self) -> None:  # noqa: B027 - mostly nothing is open
+        """The worker is gone; said again, it changes nothing."""
+
 
 class WorkerLink(ABC):
     """A worker's two buffers, as it sees them itself.
@@ -70,11 +73,17 @@ class SharedServerLink(ServerLink):
     def __init__(self, segment: memory.Segment) -> None:
         nbytes = segment.data.numel() // 2
         self.segment = segment
+        self._closed = False
         self.gradients = segment.data[:nbytes]
         self.weights: Tensor = segment.data[nbytes:]
 
     def take(self, offset: int, data: memoryview) -> None:
         raise wire.WireError(f"a chunk of {len(data)} bytes at {offset} from who shares its memory")
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self.segment.close()
 
     def give(self, weights: Tensor, ranges: Ranges) -> list[Piece]:
         if self.weights is not weights:  # one worker alone: they are the server's own

@@ -28,6 +28,11 @@ class Segment:
     data: Tensor
     path: str
     token: bytes
+    descriptor: int
+
+    def close(self) -> None:
+        """Let nobody find it any more: it is gone once the last who has mapped it is."""
+        os.close(self.descriptor)
 
 
 def host_id() -> str:
@@ -90,7 +95,7 @@ def create_segment(nbytes: int, folder: str) -> Segment:
     data = _map(descriptor, _TOKEN_BYTES + nbytes)
     token = secrets.token_bytes(_TOKEN_BYTES)
     data[:_TOKEN_BYTES] = torch.frombuffer(bytearray(token), dtype=torch.uint8)
-    return Segment(data[_TOKEN_BYTES:], f"/proc/{os.getpid()}/fd/{descriptor}", token)
+    return Segment(data[_TOKEN_BYTES:], f"/proc/{os.getpid()}/fd/{descriptor}", token, descriptor)
 
 
 def open_segment(path: str, nbytes: int, token: bytes) -> Tensor:

@@ -45,9 +45,11 @@ class ServerSocket:
         host: the address to listen on.
         server: the server's keys.
         worker_key: the public key that the workers of this run share.
+        patience_s: how long the other end of a connection may give no sign of life, before it is taken for dead.
     """
 
-    def __init__(self, host: str, server: KeyPair, worker_key: str) -> None:
+    def __init__(self, host: str, server: KeyPair, worker_key: str, patience_s: float | None = None) -> None:
+        self._patience_s = patience_s
         self.context = zmq.Context()
         self._authenticator = ThreadAuthenticator(self.context)
         self._authenticator.start()
@@ -65,7 +67,7 @@ class ServerSocket:
         self.router.curve_publickey = server.public.encode()
         self.router.curve_secretkey = server.secret.encode()
         self.router.zap_domain = _ZAP_DOMAIN.encode()
-        _set_limits(self.router)
+        _set_limits(self.router, self._patience_s)
         self.router.router_mandatory = True  # a message to a worker that is gone is an error, not lost in silence
         events = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
         self.monitor = self.router.get_monitor_socket(events)
@@ -152,8 +154,11 @@ class WorkerSocket:
         self.context.destroy(linger=0)
 
 
-def _set_limits(socket: zmq.Socket[bytes]) -> None:
+def _set_limits(socket: zmq.Socket[bytes], patience_s: float | None = None) -> None:
+    patience_ms = wire.HEARTBEAT_TIMEOUT_MS if patience_s is None else round(patience_s * 1_000)
     socket.maxmsgsize = wire.MAX_FRAME_BYTES
     socket.sndhwm = socket.rcvhwm = 0  # a message is never dropped; its size is bounded, and each waits for its reply
-    socket.heartbeat_ivl = wire.HEARTBEAT_MS  # finds a host that vanished; a process that dies closes its connection
-    socket.heartbeat_timeout = wire.HEARTBEAT_TIMEOUT_MS
+    socket.heartbeat_ivl = min(
+        wire.HEARTBEAT_MS, patience_ms // 4
+    )  # finds a host that vanished; a process that dies closes its connection
+    socket.heartbeat_timeout = patience_ms

@@ -21,7 +21,12 @@ HEARTBEAT_TIMEOUT_MS = 20_000
 
 SCHEMA: dict[str, dict[str, type | tuple[type, ...]]] = {
     # worker -> server
-    "hello": {"rank": int, "pid": int, "shared": bool},
+    "hello": {
+        "rank": int,  # -1: as any, anew
+        "pid": int,
+        "shared": bool,
+        "anew": bool,  # while the run goes on: the welcome comes when it can begin
+    },
     "unshare": {},  # the shared memory cannot be reached after all: chunks instead
     "push": {
         "optimizer": int,
@@ -38,7 +43,16 @@ SCHEMA: dict[str, dict[str, type | tuple[type, ...]]] = {
     "chunk": {"offset": int},
     "more": {},  # a chunk has arrived: the next one
     "change": {"places": list, "nbytes": int},  # weights that the only worker has set itself; their chunks follow
-    "sync": {"place": str, "detail": str, "pull": bool, "wait_s": float, "compute_s": float},
+    "sync": {
+        "place": str,
+        "detail": str,
+        "region": str,  # of the program, which is begun anew if a worker is lost in it
+        "pull": bool,
+        "wait_s": float,
+        "compute_s": float,
+    },
+    "deposit": {"part": bytes, "last": bool},  # what who joins anew begins with, from rank 0
+    "deposited": {},
     "request": {
         "leases": list,  # of batches whose gradient has become no update
         "plan": (list, type(None)),  # what there is until the next meeting: the fields of `Plan`
@@ -52,7 +66,7 @@ SCHEMA: dict[str, dict[str, type | tuple[type, ...]]] = {
     "abort": {"kind": str, "text": str},
     "bye": {},
     # server -> worker
-    "welcome": {"path": str, "token": bytes, "nbytes": int},
+    "welcome": {"rank": int, "generation": int, "path": str, "token": bytes, "nbytes": int},
     "released": {
         "version": int,
         "clock": int,
@@ -64,7 +78,12 @@ SCHEMA: dict[str, dict[str, type | tuple[type, ...]]] = {
     },
     "granted": {"version": int, "grant": list, "nbytes": int},
     "refused": {"lease": int},  # the push, which holds one that was taken back
-    "synced": {"version": int, "thresholds": dict, "nbytes": int},
+    "synced": {
+        "version": int,
+        "thresholds": dict,
+        "members": list,  # rank and generation of each who has come, one after the other
+        "nbytes": int,
+    },
     "reply": {"nbytes": int, "size": int, "head": int},  # of the parcel
     "pong": {},
     "failed": {"kind": str, "text": str},

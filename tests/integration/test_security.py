@@ -144,7 +144,7 @@ def annoy(endpoint: Endpoint, credentials: Credentials, folder: Path) -> None:
         with socket.create_connection((host, int(port))) as stranger, contextlib.suppress(OSError):
             stranger.sendall(garbage)
 
-    hello = wire.encode_message("hello", rank=1, pid=os.getpid(), shared=False)
+    hello = wire.encode_message("hello", rank=1, pid=os.getpid(), shared=False, anew=False)
     abort = wire.encode_message("abort", kind="error", text="a stranger's")
     server_key = credentials.server.public
     for keys in (None, KeyPair.new()):
@@ -159,8 +159,8 @@ def annoy(endpoint: Endpoint, credentials: Credentials, folder: Path) -> None:
         [b""],
         [b"\x00" * 100],
         [pickle.dumps(Bomb(folder / "exploded"))],
-        [wire.encode_message("hello", rank=99, pid=1, shared=False)],
-        [wire.encode_message("hello", rank=-1, pid=1, shared=False)],
+        [wire.encode_message("hello", rank=99, pid=1, shared=False, anew=False)],
+        [wire.encode_message("hello", rank=-1, pid=1, shared=False, anew=False)],
         [hello],  # of a rank that is there already
         [hello[:-3]],
         [hello, hello, hello],

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from lightning_stale import ASP, SSP, BoundedDelay, StaleSyncStrategy, ThresholdSchedule
 from lightning_stale.paradigms.adaptive_delay import smallest_delay, waiting_share
+from lightning_stale.parameter_server.client import Meeting
 from tests.unit.on_demand import Durations, drive, formula, step_times
 from tests.unit.test_paradigms import ROUND_TRIPS
 
@@ -343,7 +344,7 @@ def test_set_thresholds_fixes_the_delay(paradigm: BoundedDelay) -> None:
 @pytest.mark.parametrize("paradigm", [BoundedDelay(3), BoundedDelay(), BoundedDelay("auto")], ids=repr)
 def test_a_copy_that_follows_shows_the_delay_and_stays_what_it_is(paradigm: BoundedDelay) -> None:
     strategy = StaleSyncStrategy(paradigm=copy.deepcopy(paradigm))
-    strategy._update._note_meeting({"delay": 7})
+    strategy._update._note_meeting(Meeting({"delay": 7}, ((0, 1),)))
     shown = strategy.paradigm
     assert shown.thresholds == {"delay": 7}
     fixed = "delay=3" in repr(paradigm)

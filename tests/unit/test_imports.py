@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "lightning_stale"
 
 LAYERS = [
-    {"private", "failures", "lifeline", "supervisor", "topology"},  # leaves
+    {"private", "elastic", "failures", "lifeline", "supervisor", "topology"},  # leaves
     {"paradigms"},
     {"coordinator", "transport", "events"},
     {"parameter_server", "averaging", "data", "pipeline", "launchers"},

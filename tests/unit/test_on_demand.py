@@ -51,6 +51,7 @@ class Loop:
         self.loop.val_loop._data_source = SimpleNamespace(is_defined=lambda: True)
         self.fit_loop._data_fetcher = SimpleNamespace(fetched=0, done=False)
         self.grant: Grant | None = None
+        self.idle = False  # it has no batch until the next meeting
         self.batches = BatchesOnDemand(self.trainer, run.workers, self.request, prefetch=run.prefetch)
         self.trained: list[int] = []
         self.ends = [*range(run.check, run.length, run.check), run.length]
@@ -67,15 +68,18 @@ class Loop:
         """At the start, or after a meeting: ask with the plan."""
         if self.trainer.current_epoch != self.batches._epoch:
             self.batches._begin_epoch(self.run.order)
-        self.run.leases.open(self.batches._plan(), range(self.run.workers))
+        self.run.leases.open(self.batches._plan(), [loop.rank for loop in self.run.loops])
         self.run.tell(self.run.leases.request(self.rank))
 
     def compute(self) -> None:
         """Train one batch; after the last of a step, push and ask."""
         fetcher, progress = self.fit_loop._data_fetcher, self.loop.batch_progress
         assert not fetcher.done
-        number, *_ = self.batches.next_batch(self.run.order)
-        self.trained.append(number)
+        numbers = self.batches.next_batch(self.run.order)
+        if not numbers:
+            self.go_on_without()
+            return
+        self.trained.append(numbers[0])
         fetcher.fetched += 1
         fetcher.done = fetcher.fetched >= self.run.length
         progress.is_last_batch = fetcher.done
@@ -95,21 +99,40 @@ class Loop:
             progress.increment_processed()
             progress.increment_completed()
 
+    def go_on_without(self) -> None:
+        """What Lightning does where a loader yields ``None``: it runs no step."""
+        fetcher, progress = self.fit_loop._data_fetcher, self.loop.batch_progress
+        fetcher.fetched += 1
+        progress.is_last_batch = fetcher.done = fetcher.fetched >= self.run.length
+        progress.increment_ready()
+        progress.increment_processed()
+        progress.increment_completed()
+        self.idle = False
+        self.is_where_all_meet(self.grant)
+
     def hear(self, grant: Grant) -> None:
         """The OK has come, or the first grant."""
         asked_first = self.batches._grant is None
         self.grant = grant
         if asked_first:
+            self.idle = grant.over
             return
         self.batches.took_step(grant)
         stepped, progress = self.loop.automatic_optimization.optim_progress.optimizer.step, self.loop.batch_progress
         stepped.increment_completed()
         progress.increment_processed()
         progress.increment_completed()
+        self.is_where_all_meet(grant)
+
+    def is_where_all_meet(self, grant: Grant) -> None:
+        stepped, progress = self.loop.automatic_optimization.optim_progress.optimizer.step, self.loop.batch_progress
         assert not self.loop._should_accumulate()
         current = progress.current
-        assert current.ready == current.started == current.processed == current.completed
+        for counts in (current, progress.total):
+            assert counts.ready == counts.started == counts.processed == counts.completed
         assert math.ceil(current.ready / self.run.each) == stepped.current.completed
+        assert stepped.total.completed == stepped.total.ready == self.trainer.global_step == stepped.current.completed
+        assert self.loop._batches_that_stepped + 1 == stepped.current.completed
         assert self.loop._skip_next_val == (not grant.over)
         assert (current.ready in self.ends) >= grant.over
         if grant.over:
@@ -120,13 +143,15 @@ class Loop:
 class Run:
     """All workers, and one who hands out the batches."""
 
-    def __init__(self, workers: int, length: int, each: int, extra: int, check: int, prefetch: int) -> None:
+    def __init__(
+        self, workers: int, length: int, each: int, extra: int, check: int, prefetch: int, further: int
+    ) -> None:
         self.workers, self.length, self.each, self.prefetch = workers, length, each, prefetch
         self.check = max(1, min(length, check * each))
         self.order = [[number] for number in range(workers * length + extra)]
         self.leases = EpochLeases(workers)
         self.until = min(self.check, length)
-        self.loops = [Loop(rank, self) for rank in range(workers)]
+        self.loops = [Loop(rank, self) for rank in range(workers + further)]
 
     def tell(self, grants: Any) -> None:
         for member, grant in grants:
@@ -135,23 +160,24 @@ class Run:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    workers=st.integers(2, 4),
+    workers=st.integers(1, 4),
     length=st.integers(1, 9),
     each=st.integers(1, 4),
     extra=st.integers(0, 3),
     check=st.integers(1, 3),
     prefetch=st.integers(0, 5),
+    further=st.sampled_from([0, 0, 1, 3]),
     random=st.randoms(use_true_random=False),
 )
 def test_steps_have_the_batches_of_their_leases_whoever_is_fast(
-    workers: int, length: int, each: int, extra: int, check: int, prefetch: int, random: Any
+    workers: int, length: int, each: int, extra: int, check: int, prefetch: int, further: int, random: Any
 ) -> None:
-    run = Run(workers, length, each, min(extra, workers - 1), check, prefetch)
+    run = Run(workers, length, each, min(extra, workers - 1), check, prefetch, further)
     speeds = [random.choice([1, 1, 3, 20]) for _ in run.loops]
     for loop in run.loops:
         loop.ask()
     while True:
-        able = [loop for loop in run.loops if loop.grant is not None and not loop.grant.over]
+        able = [loop for loop in run.loops if loop.grant is not None and (loop.idle or not loop.grant.over)]
         if able:
             random.choices(able, [speeds[loop.rank] for loop in able])[0].compute()
             continue

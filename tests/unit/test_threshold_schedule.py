@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from lightning_stale import ASP, BSP, DSSP, SSP, BoundedDelay, StaleSyncStrategy, ThresholdSchedule
 from lightning_stale.paradigms import Paradigm
+from lightning_stale.parameter_server.client import Meeting
 from lightning_stale.strategies.other_ranks import OtherRanks
 
 MODULE: Any = None
@@ -252,7 +253,7 @@ def test_a_delay_that_adapts_does_so_after_a_resume_until_the_schedule_has_set_i
 
 def test_a_metric_sets_a_delay_that_adapts() -> None:
     schedule, trainer = ThresholdSchedule(monitor="loss", patience=1), trainer_with(BoundedDelay("auto"))
-    trainer.strategy._update._note_meeting({"delay": 12})  # type: ignore[attr-defined]
+    trainer.strategy._update._note_meeting(Meeting({"delay": 12}, ((0, 1),)))  # type: ignore[attr-defined]
     schedule.on_train_start(trainer, MODULE)
     trainer._logger_connector._callback_metrics = {"loss": torch.tensor(1.0)}
     schedule._check_metric(trainer)

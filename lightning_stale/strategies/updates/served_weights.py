@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lightning_stale.elastic import Elastic
 from lightning_stale.paradigms import Paradigm
 from lightning_stale.parameter_server.apply import ApplyRule
 from lightning_stale.parameter_server.client import Transport
@@ -27,6 +28,7 @@ def serve_weights(
     apply: ApplyRule,
     snapshot: Mapping[str, Any] | None,
     hands_out_batches: bool,
+    elastic: Elastic | None,
 ) -> Endpoint:
     """Let ``process`` serve, and return where it is.
 
@@ -39,6 +41,7 @@ def serve_weights(
         apply: how a gradient is used.
         snapshot: the clocks of a checkpoint.
         hands_out_batches: whether the workers ask for batches.
+        elastic: what becomes of the run when workers are lost.
     """
     topology, parameters = training.topology, unique_parameters(training.optimizers)
     layout = Layout.of(parameters)
@@ -56,6 +59,7 @@ def serve_weights(
         snapshot=snapshot,
         apply=apply,
         hands_out_batches=hands_out_batches,
+        elastic=elastic,
     )
     return Endpoint(
         address=f"tcp://{reached_at}:{port}",

@@ -18,11 +18,12 @@ from lightning_stale.coordinator.connection import CONNECT_TIMEOUT_S, ServerLost
 from lightning_stale.coordinator.leases import Grant, Plan
 from lightning_stale.data.loader import NextBatch
 from lightning_stale.data.on_demand import BatchesOnDemand
+from lightning_stale.elastic import Elastic
 from lightning_stale.failures import RunFailedError
 from lightning_stale.paradigms import Paradigm
 from lightning_stale.parameter_server.apply import ApplyRule
 from lightning_stale.parameter_server.apply.base import changed_rule_warning
-from lightning_stale.parameter_server.client import ParameterClient, Release, Transport
+from lightning_stale.parameter_server.client import Meeting, ParameterClient, Release, Transport
 from lightning_stale.parameter_server.process import ServerProcess
 from lightning_stale.strategies.hosted_process import HostedProcess
 from lightning_stale.strategies.updates.exchange import Exchange
@@ -41,9 +42,12 @@ class ServerUpdate(Update):
         paradigm: the gate.
         transport: ``"auto"``, ``"shm"`` or ``"tcp"``.
         apply: how the server uses a gradient.
+        elastic: what becomes of the run when workers are lost; ``None``: it ends.
     """
 
-    def __init__(self, paradigm: Paradigm, transport: Transport, apply: ApplyRule) -> None:
+    def __init__(
+        self, paradigm: Paradigm, transport: Transport, apply: ApplyRule, elastic: Elastic | None = None
+    ) -> None:
         self.paradigm = paradigm
         """With the thresholds of now; they follow rank 0's at the meeting points."""
         self.host = HostedProcess(ServerProcess, "parameter server", needs_secret=True)
@@ -53,6 +57,9 @@ class ServerUpdate(Update):
         self._control: ServerControl | None = None
         self._exchange: Exchange | None = None
         self._batches: BatchesOnDemand | None = None
+        self._elastic = elastic
+        self.members: tuple[tuple[int, int], ...] = ()
+        """Rank and generation of those who were at the last meeting; none before the first."""
         self._resumed: Mapping[str, Any] | None = None
         self._ended: Mapping[str, Any] | None = None  # the server's entry when training had ended
         self._summary: dict[str, Any] | None = None
@@ -91,6 +98,7 @@ class ServerUpdate(Update):
                 apply=self._apply,
                 snapshot=self._resumed,
                 hands_out_batches=self._batches is not None,
+                elastic=self._elastic,
             ),
             training.check_signals,
         )
@@ -105,7 +113,7 @@ class ServerUpdate(Update):
             {id(parameter): name for name, parameter in training.module.named_parameters()},
             training.optimizers,
             training.device,
-            alone=training.topology.world_size == 1,
+            alone=training.topology.world_size == 1 and self._elastic is None,
             whole=training.module.automatic_optimization,
             guard=training.others.guard,
             batches=self._batches,
@@ -283,7 +291,8 @@ class ServerUpdate(Update):
                 "worker its shard: StaleSyncStrategy(data='shards')"
             )
 
-    def _note_meeting(self, thresholds: Mapping[str, int]) -> None:
+    def _note_meeting(self, meeting: Meeting) -> None:
+        self.members, thresholds = meeting.members, meeting.thresholds
         if self._batches is not None:
             self._batches.has_met()
         if thresholds != self.paradigm.thresholds:  # rank 0 has changed them, or they adapt

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 
 from lightning_stale.coordinator.connection import ServerLostError
 from lightning_stale.failures import FailureKind, RunFailedError
-from lightning_stale.parameter_server.client import ParameterClient
+from lightning_stale.parameter_server.client import Meeting, ParameterClient
 from lightning_stale.transport.wire import WireError
 
 
@@ -18,14 +18,14 @@ class ServerControl:
     Args:
         client: the connection to the server.
         check_meeting: called before a meeting amid a step; raises where there can be none.
-        note_meeting: called after each meeting with the paradigm's thresholds, the same on all ranks.
+        note_meeting: called after each meeting, with what is the same on all ranks.
     """
 
     def __init__(
         self,
         client: ParameterClient,
         check_meeting: Callable[[], None],
-        note_meeting: Callable[[Mapping[str, int]], None],
+        note_meeting: Callable[[Meeting], None],
     ) -> None:
         self._client, self._check_meeting, self._note_meeting = client, check_meeting, note_meeting
         self._next = ("", "")
@@ -50,14 +50,14 @@ class ServerControl:
     def await_others(self) -> None:
         self.meet(*self._next)
 
-    def meet(self, place: str, detail: str = "") -> None:
+    def meet(self, place: str, detail: str = "", region: str = "") -> None:
         """Meet amid a step: weights stay as they are."""
         self._check_meeting()
-        self._note_meeting(self._client.meet(place, detail, pull=False))
+        self._note_meeting(self._client.meet(place, detail, pull=False, region=region))
 
-    def meet_and_pull(self, place: str, detail: str, timeout_s: float = math.inf) -> None:
+    def meet_and_pull(self, place: str, detail: str, timeout_s: float = math.inf, region: str = "") -> None:
         """Meet, and have the newest weights, which are then the same on all ranks."""
-        self._note_meeting(self._client.meet(place, detail, timeout_s=timeout_s))
+        self._note_meeting(self._client.meet(place, detail, timeout_s=timeout_s, region=region))
 
     def fail(self, kind: FailureKind, text: str) -> RunFailedError | None:
         return self._client.abort(kind, text)

@@ -37,6 +37,8 @@ ACTIONS = [
     "skip_a_step",
     "hold_one_more",
     "join",
+    "join_anew",
+    "withdraw",
     "arrive",
     "arrive_when_told",
     "set_thresholds",
@@ -95,26 +97,35 @@ class Machine(RuleBasedStateMachine):
         paradigm=st.one_of(PARADIGMS),
         run=epochs(),
         on_loss=st.sampled_from(["end", "go on"]),
+        least=st.integers(1, 2),
         started=st.booleans(),
     )
-    def begin(self, paradigm: Paradigm, run: tuple[int, list[Plan]], on_loss: OnLoss, started: bool) -> None:
+    def begin(
+        self, paradigm: Paradigm, run: tuple[int, list[Plan]], on_loss: OnLoss, least: int, started: bool
+    ) -> None:
+        self.least = least
         self.paradigm, (self.members, self.plans), self.on_loss = paradigm, run, on_loss
         self.leases = EpochLeases(self.members, self.allows)
         self.counts = StaleSyncCounts(self.members, paradigm.thresholds)
         self.recorded: list[Event] = []
         recorder = Recorder(self.counts, self)
         self.coordinator = Coordinator(
-            self.members, paradigm, leases=self.leases, on_loss=on_loss, record=recorder.record
+            self.members, paradigm, leases=self.leases, on_loss=on_loss, least=least, record=recorder.record
         )
         self.workers: dict[int, Worker] = {}
         self.former: list[Worker] = []
         self.never = set(range(self.members))
         self.failure: tuple[str, str] | None = None
         self.told: Counter[int] = Counter()
-        self.places: dict[int, str] = {}
+        self.places: dict[int, tuple[str, str]] = {}  # with the region
+        self.prepared = False  # whether who joins anew can begin now
+        self.lost = False  # somebody, since the last meeting
+        self.newcomers: dict[int, int] = {}  # ticket -> rank, of who waits to take part
+        self.tickets = 0
         self.now = 0.0
         self.at = 0  # which of the plans
         self.opened = False  # whether anybody has said it
+        self.crowded = False  # whether there are more workers than leases until the next meeting
         self.met = False  # whether there has been a meeting
         self.owed: set[int] = set()  # who was here then, and has not had a batch since, or come to the next meeting
         self.open: dict[int, Grant] = {}  # lease -> what is in it
@@ -170,8 +181,15 @@ class Machine(RuleBasedStateMachine):
     def hear(self, reply: m.Reply) -> None:
         if isinstance(reply, m.Joined):
             assert all(former.generation < reply.generation for former in self.former if former.rank == reply.member)
+            assert reply.member not in self.workers, "it is here twice"
             self.workers[reply.member] = Worker(reply.member, reply.generation)
             self.never.discard(reply.member)
+            if reply.ticket:
+                assert self.failure is None
+                assert self.prepared, "it has nothing to begin with"
+                assert self.newcomers.pop(reply.ticket) in (-1, reply.member)
+                self.expected[e.Joined(self.now, reply.member)] += 1
+                reached["joins"] += 1
             return
         if isinstance(reply, m.Fenced):
             return
@@ -192,6 +210,8 @@ class Machine(RuleBasedStateMachine):
             self.hear_ok(worker, reply)
         elif isinstance(reply, m.Met):
             assert worker.state == "meeting"
+            members = tuple(sorted(other.who for other in self.workers.values()))
+            assert reply.members == members, "it is said who goes on"
             worker.state, worker.planned, worker.over = "ready", False, False
             self.expected[e.Met(self.now, worker.rank)] += 1
         elif isinstance(reply, m.Granted):
@@ -218,7 +238,8 @@ class Machine(RuleBasedStateMachine):
         if grant.over:
             assert self.commits == self.segment, "batches are left"
             assert not self.open, "batches may come back"
-            assert worker.rank not in self.owed, "it has had none"
+            assert worker.rank not in self.owed or self.crowded, "it has had none"
+            self.owed.discard(worker.rank)
             assert (grant.first, grant.last, grant.step) == (self.plan.batches, self.plan.batches, self.plan.until)
             worker.state, worker.over = "ready", True
             reached["over"] += 1
@@ -252,8 +273,12 @@ class Machine(RuleBasedStateMachine):
 
     def go_on_from_meeting(self, ranks: set[int]) -> None:
         assert ranks == self.workers.keys(), "not all have met"
-        assert len(set(self.places.values())) == 1
+        if len({place for place, _ in self.places.values()}) > 1:
+            assert self.lost, "they are at different places"
+            assert {region for _, region in self.places.values()} == {"validation"}
+            reached["interrupted regions"] += 1
         self.places.clear()
+        self.prepared = self.lost = False
         self.met = True
         if self.at < len(self.plans) and self.opened and self.commits == self.segment:
             before, self.opened = self.plan, False
@@ -286,14 +311,24 @@ class Machine(RuleBasedStateMachine):
         able = self.some_of(*states)
         return choose(able) if able else None
 
-    def absent(self) -> set[int]:
-        if self.on_loss == "end":
-            return self.never
-        return set(range(self.members)) - self.workers.keys()
-
     def join(self, choose: Choose) -> None:
-        if self.absent():
-            self.join_as(choose(sorted(self.absent())))
+        if self.never:
+            self.join_as(choose(sorted(self.never)))
+
+    def join_anew(self, choose: Choose) -> None:
+        """Who was lost comes again, maybe before it is known to be lost; or a further one comes."""
+        known = {former.rank for former in self.former} | self.workers.keys()
+        if self.on_loss == "end" or not self.met or len(known) > 8 or choose(range(3)) != 0:
+            return
+        self.tickets += 1
+        self.newcomers[self.tickets] = choose([-1, *sorted(known - {0})])
+        self.tell(m.Join(self.newcomers[self.tickets], process=5_000, anew=True, ticket=self.tickets))
+
+    def withdraw(self, choose: Choose) -> None:
+        if self.newcomers and choose(range(5)) == 0:
+            ticket = choose(sorted(self.newcomers))
+            del self.newcomers[ticket]
+            self.tell(m.Withdraw(ticket))
 
     def join_as(self, rank: int) -> None:
         self.tell(m.Join(rank, process=4_000 + rank))
@@ -309,7 +344,11 @@ class Machine(RuleBasedStateMachine):
         plan = None if worker.planned else self.plan
         if not self.opened:
             self.opened = True
-            self.owed = {other.rank for other in self.workers.values() if other.state != "meeting"}
+            self.owed = {other.rank for other in self.workers.values() if other.state not in ("meeting", "new")}
+            self.crowded = self.segment - self.commits < len(self.owed)
+        if worker.rank == 0 and plan is not None and not leases:
+            self.prepared = True
+            self.tell(m.Prepared())
         self.commit(worker, leases)
         worker.state, worker.planned = "asking", True
         self.tell(m.Request(*worker.who, leases, plan))
@@ -377,7 +416,7 @@ class Machine(RuleBasedStateMachine):
     def hold_one_more(self, choose: Choose) -> None:
         """Only where it is granted at once: who waits for its own batches waits for ever."""
         worker = self.some(choose, "holding")
-        if worker is None or self.failure is not None or self.leases.left <= self.members:
+        if worker is None or self.failure is not None or self.leases.left <= max(self.members, len(self.workers)):
             return
         if self.paradigm.allows(self.granted, min(self.open)):
             self.request(worker)
@@ -395,21 +434,25 @@ class Machine(RuleBasedStateMachine):
 
     def arrive(self, choose: Choose) -> None:
         if choose(range(3)) == 0:
-            self.arrive_of(self.some(choose, *HERE, "new"), choose(["validation"] * 99 + ["the end of fit"]))
+            place = choose(["validation"] * 99 + ["the end of fit"])
+            region = "validation" if self.lost or choose(range(2)) == 0 else ""
+            if self.lost and region and choose(range(2)) == 0:
+                place = "a collective of it"
+            self.arrive_of(self.some(choose, *HERE, "new"), place, region)
 
     def arrive_when_told(self, choose: Choose) -> None:
         told = [worker for worker in self.some_of("ready") if worker.over]
         if told:
             self.arrive_of(choose(told), "validation")
 
-    def arrive_of(self, worker: Worker | None, place: str) -> None:
+    def arrive_of(self, worker: Worker | None, place: str, region: str = "") -> None:
         if worker is None:
             return
         if self.failure is None:
             self.take_back(worker)  # what it has not begun is another's
-            self.places[worker.rank] = place
+            self.places[worker.rank] = (place, region)
         worker.state = "meeting"
-        self.tell(m.Arrive(*worker.who, place, "step 1"))
+        self.tell(m.Arrive(*worker.who, place, "step 1", region))
 
     def set_thresholds(self, choose: Choose) -> None:
         """Raise them; one that falls binds later releases only."""
@@ -432,10 +475,19 @@ class Machine(RuleBasedStateMachine):
     def lose(self, choose: Choose) -> None:
         worker = self.some(choose, "new", "ready", "holding", "waiting", "wanting", "asking", "meeting")
         if worker is not None and choose(range(3 if self.on_loss == "go on" else 100)) == 0:
-            self.retire(worker)
+            self.retire(worker, lost=True)
+            self.lost, before = True, self.coordinator.failure
             self.tell(m.Lose(*worker.who))
-            if self.on_loss == "end":
-                assert self.coordinator.failure is not None
+            failure = self.coordinator.failure
+            if before is not None:
+                assert failure == before
+            elif self.on_loss == "end" or worker.rank == 0:
+                assert failure is not None
+            elif len(self.workers.keys() | self.never) < self.least:
+                assert failure is not None
+                assert f"fewer than min_workers={self.least}" in failure.text
+            else:
+                assert failure is None or "different places" in failure.text, "the run ends without a reason"
 
     def abort(self, choose: Choose) -> None:
         worker = self.some(choose, "new", "ready", "holding", "waiting", "wanting", "asking")
@@ -488,13 +540,13 @@ class Machine(RuleBasedStateMachine):
             getattr(self, choice.choice(ACTIONS))(choice.choice)
             self.check()
 
-    def retire(self, worker: Worker) -> None:
+    def retire(self, worker: Worker, lost: bool = False) -> None:
         del self.workers[worker.rank]
         self.former.append(worker)
         self.places.pop(worker.rank, None)
         if self.failure is None:
             self.take_back(worker)
-            self.expected[e.Left(self.now + 1.0, worker.rank)] += 1
+            self.expected[e.Left(self.now + 1.0, worker.rank, lost)] += 1
 
     def fingerprint(self) -> Any:
         kept = {name: value for name, value in vars(self.leases).items() if name != "_allows"}
@@ -525,6 +577,7 @@ class Machine(RuleBasedStateMachine):
             self.who_waits_for_a_batch_waits_for_a_reason()
             self.a_round_waits_for_somebody()
             self.somebody_can_go_on()
+            self.who_can_join_has_joined()
             self.what_is_recorded_is_what_has_happened()
         self.all_hear_of_a_failure()
 
@@ -551,7 +604,7 @@ class Machine(RuleBasedStateMachine):
 
     def everybody_will_have_a_batch(self) -> None:
         if self.opened:
-            assert self.leases.left >= len(self.owed), "somebody will go without"
+            assert self.leases.left >= len(self.owed) or self.crowded, "somebody will go without"
 
     def the_gate_waits_for_who_can_push(self) -> None:
         waiting, clocks = self.at_the_gate(), self.paradigm.clocks
@@ -587,6 +640,10 @@ class Machine(RuleBasedStateMachine):
         able = self.some_of("new", *HERE)
         assert able, {worker.rank: worker.state for worker in self.workers.values()}
 
+    def who_can_join_has_joined(self) -> None:
+        if self.prepared:
+            assert all(rank in self.workers for rank in self.newcomers.values()), "nobody waits without a reason"
+
     def all_hear_of_a_failure(self) -> None:
         if self.coordinator.failure is not None and self.workers:
             assert self.failure is not None
@@ -601,11 +658,11 @@ class Machine(RuleBasedStateMachine):
         """Whoever is left works on: every batch is trained once, and nobody waits for ever."""
         if not hasattr(self, "workers") or self.coordinator.failure is not None:
             return
-        while self.absent() and self.on_loss == "go on":
-            self.join_as(min(self.absent()))
+        while self.never and self.on_loss == "go on":
+            self.join_as(min(self.never))
         if self.never or not self.workers:
             return
-        different = len(set(self.places.values())) > 1 or len(self.workers) < self.members
+        different = len({place for place, _ in self.places.values()}) > 1 or len(self.workers) < self.members
         leases = sum(Division(plan, self.members).leases for plan in self.plans)
         for _ in range(4 * (leases + len(self.plans) + self.members + 1)):
             if self.failure is not None or self.all_is_done():
@@ -622,14 +679,14 @@ class Machine(RuleBasedStateMachine):
         return self.at == len(self.plans) and not self.places and not self.some_of("new")
 
     def work_on(self) -> None:
-        place = next(iter(self.places.values()), "validation")
+        place, region = next(iter(self.places.values()), ("validation", ""))
         for worker in list(self.workers.values()):
             if self.failure is not None or self.all_is_done():
                 return
             if worker.state == "holding":
                 self.push_of(worker, tuple(worker.leases), asks=True)
             elif worker.state == "new" or (worker.state == "ready" and (worker.over or self.at == len(self.plans))):
-                self.arrive_of(worker, place)
+                self.arrive_of(worker, place, region)
             elif worker.state == "ready":
                 self.request(worker)
             self.check()

@@ -20,7 +20,12 @@ def started(coordinator: Coordinator, members: int) -> None:
     for rank in range(members):
         replies = coordinator.handle(m.Arrive(rank, 1, "the start"), 0.0)
     thresholds = {} if coordinator.paradigm is None else coordinator.paradigm.thresholds
-    assert replies == [m.Met(rank, thresholds) for rank in range(members)]
+    assert replies == [met(rank, members, thresholds) for rank in range(members)]
+
+
+def met(rank: int, members: int, thresholds: Mapping[str, int]) -> m.Met:
+    """Return what a rank hears where all are there who have begun."""
+    return m.Met(rank, thresholds, tuple((other, 1) for other in range(members)))
 
 
 def test_an_ok_waits_for_the_gate() -> None:
@@ -77,8 +82,58 @@ def test_a_run_that_goes_on_without_a_lost_member_lets_it_join_anew() -> None:
         assert coordinator.handle(m.Push(rank, 1), 1.0) == []
     assert coordinator.handle(m.Lose(2, 1), 2.0) == [m.Released(0, 1, 0), m.Released(1, 1, 0)]
     assert coordinator.handle(m.Push(2, 1), 3.0) == [m.Fenced(2, 1)]
-    assert coordinator.handle(m.Join(2, 202), 4.0) == [m.Joined(2, 2)]
+    assert coordinator.handle(m.Join(2, 202, anew=True, ticket=7), 4.0) == [], (
+        "there is nothing that it could begin with"
+    )
+    assert coordinator.handle(m.Join(m.ANY, 300, anew=True, ticket=8), 4.0) == []
+    assert coordinator.handle(m.Join(m.ANY, 300, anew=True, ticket=9), 4.0) == []
+    assert coordinator.handle(m.Withdraw(8), 4.0) == []
+    assert coordinator.handle(m.Prepared(), 5.0) == [m.Joined(2, 2, ticket=7), m.Joined(3, 1, ticket=9)]
+    assert coordinator.handle(m.Join(1, 201, anew=True, ticket=10), 6.0) == [], "it is here, as far as is known"
+    assert coordinator.handle(m.Lose(1, 1), 7.0) == [m.Joined(1, 2, ticket=10)]
+    for rank, generation in ((0, 1), (1, 2), (2, 2)):
+        assert coordinator.handle(m.Arrive(rank, generation, "validation"), 8.0) == []
+    replies = coordinator.handle(m.Arrive(3, 1, "validation"), 8.0)
+    assert replies == [m.Met(rank, {"threshold": 0}, ((0, 1), (1, 2), (2, 2), (3, 1))) for rank in range(4)]
+    assert coordinator.handle(m.Lose(3, 1), 9.0) == []
+    assert coordinator.handle(m.Join(3, 303, anew=True, ticket=11), 9.0) == [], "not before all have begun again"
     assert coordinator.failure is None
+
+
+def test_only_a_run_that_goes_on_without_who_is_lost_can_be_joined() -> None:
+    coordinator = Coordinator(2)
+    started(coordinator, 2)
+    with pytest.raises(ValueError, match="nobody joins this run while it goes on: it is not elastic"):
+        coordinator.handle(m.Join(1, 201, anew=True), 1.0)
+    with pytest.raises(ValueError, match="rank 2 is none of this run"):
+        Coordinator(2, on_loss="go on").handle(m.Join(2, 201, anew=True), 1.0)
+
+
+@pytest.mark.parametrize(("rank", "least"), [(0, 1), (1, 2)])
+def test_a_run_ends_without_rank_0_and_with_too_few(rank: int, least: int) -> None:
+    coordinator = Coordinator(2, on_loss="go on", least=least)
+    started(coordinator, 2)
+    [failed] = coordinator.handle(m.Lose(rank, 1), 1.0)
+    few = "; 1 workers are left, fewer than min_workers=2" if rank else ""
+    gone = f"rank {rank} (process 10{rank}) is gone: it was killed, has crashed or hangs{few}"
+    assert failed == m.Failed(1 - rank, "error", gone)
+
+
+@pytest.mark.parametrize(("lost", "region"), [(True, "validation"), (False, "validation"), (True, "")])
+def test_who_has_noticed_a_loss_may_be_elsewhere_in_the_same_region(lost: bool, region: str) -> None:
+    coordinator = Coordinator(3, on_loss="go on")
+    started(coordinator, 3)
+    if lost:
+        assert coordinator.handle(m.Lose(2, 1), 1.0) == []
+    else:
+        assert coordinator.handle(m.Leave(2, 1), 1.0) == []
+    assert coordinator.handle(m.Arrive(0, 1, "a collective", region=region), 2.0) == []
+    replies = coordinator.handle(m.Arrive(1, 1, "the end of validation", region=region), 2.0)
+    if lost and region:
+        assert replies == [met(0, 2, {}), met(1, 2, {})]
+        coordinator.handle(m.Arrive(0, 1, "a collective", region=region), 3.0)
+        replies = coordinator.handle(m.Arrive(1, 1, "the end of validation", region=region), 3.0)
+    assert [type(reply) for reply in replies] == [m.Failed, m.Failed], "nobody has been lost since then"
 
 
 # --- data on demand -------------------------------------------------------------------------------------------------
@@ -128,11 +183,11 @@ def test_nobody_waits_for_the_push_of_who_waits_for_a_batch() -> None:
     coordinator, plan = handing_out(SSP(0), 2), planned(4, 2, until=1)
     for rank in (0, 1):
         coordinator.handle(m.Request(rank, 1, plan=plan), 1.0)
-    assert coordinator.handle(m.Request(1, 1, leases=(1,)), 2.0) == [], "what rank 0 holds may come back"
-    assert coordinator.handle(m.Push(0, 1), 3.0) == [m.Released(0, 1, 0)]
-    assert coordinator.handle(m.Push(0, 1), 4.0) == [m.Released(0, 2, 0)]
-    assert coordinator.handle(m.Lose(0, 1), 5.0) == [m.Granted(1, Grant(2, 0, 1, 0))]
-    assert dict(coordinator.paradigm.clocks) == {1: 2}, "it takes part again"  # type: ignore[union-attr]
+    assert coordinator.handle(m.Request(0, 1, leases=(0,)), 2.0) == [], "what rank 1 holds may come back"
+    assert coordinator.handle(m.Push(1, 1), 3.0) == [m.Released(1, 1, 0)]
+    assert coordinator.handle(m.Push(1, 1), 4.0) == [m.Released(1, 2, 0)]
+    assert coordinator.handle(m.Lose(1, 1), 5.0) == [m.Granted(0, Grant(2, 1, 2, 0))]
+    assert dict(coordinator.paradigm.clocks) == {0: 2}, "it takes part again"  # type: ignore[union-attr]
 
 
 def test_the_mean_of_a_round_is_due_before_its_pushers_have_batches() -> None:
@@ -150,10 +205,10 @@ def test_the_mean_of_a_round_is_due_before_its_pushers_have_batches() -> None:
 
 def test_the_mean_of_a_round_is_due_when_who_has_pushed_is_gone() -> None:
     coordinator = handing_out(BSP(), 2)
-    assert coordinator.handle(m.Push(0, 1), 1.0) == []
-    assert coordinator.handle(m.Lose(0, 1), 2.0) == [], "rank 1 has still to push"
-    assert coordinator.handle(m.Arrive(1, 1, "validation"), 3.0) == [m.RoundOver(), m.Met(1, {})]
-    assert coordinator.handle(m.Push(1, 1), 4.0) == [m.RoundOver(), m.Released(1, 2, 0)]
+    assert coordinator.handle(m.Push(1, 1), 1.0) == []
+    assert coordinator.handle(m.Lose(1, 1), 2.0) == [], "rank 0 has still to push"
+    assert coordinator.handle(m.Arrive(0, 1, "validation"), 3.0) == [m.RoundOver(), m.Met(0, {}, ((0, 1),))]
+    assert coordinator.handle(m.Push(0, 1), 4.0) == [m.RoundOver(), m.Released(0, 2, 0)]
 
 
 def test_who_is_at_the_next_meeting_is_kept_no_batch() -> None:
@@ -249,7 +304,7 @@ def test_leases_are_recorded_in_order() -> None:
         events.Granted(1.0, 0, lease=0, first=0, last=1),
         events.Granted(2.0, 1, lease=1, first=1, last=2),
         events.Committed(3.0, 0, lease=0),
-        events.Left(4.0, 1),
+        events.Left(4.0, 1, lost=True),
         events.TakenBack(4.0, 1, lease=1),
         events.Granted(4.0, 0, lease=2, first=1, last=2),
         events.Released(4.0, 0, lead=0),
