@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import os
+import argparse
 import sys
 
-from lightning_stale.supervisor import flags_of_python
-
-_USAGE = "usage: python -m lightning_stale run [--max-restarts N] [-m] SCRIPT ...\n"
+from lightning_stale.supervisor import become_supervisor
 
 
-def main() -> None:
-    """Become the process that supervises: the one that has come here has imported torch, which that one does without.
-
-    Raises:
-        SystemExit: with the usage, for anything but ``run``.
-    """
-    match sys.argv[1:]:
-        case ["run", *arguments]:
-            light = [sys.executable, *flags_of_python(), "-X", "lightning_stale_server"]
-            os.execv(sys.executable, [*light, "-m", "lightning_stale.supervisor", *arguments])  # noqa: S606
-        case ["-h" | "--help"]:
-            print(_USAGE, end="")
-        case arguments:
-            raise SystemExit(f"{_USAGE}{' '.join(arguments[:1]) or 'a command'!r}: write run, and the script to run")
+def main(arguments: list[str] | None = None) -> None:
+    """Do what the command line asks for."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["run"]:
+        become_supervisor(given[1:])
+    parser = argparse.ArgumentParser("python -m lightning_stale")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("run", help="run a script, and again when it fails, from its newest checkpoint")
+    parser.parse_args(given)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 SUPERVISOR = "LIGHTNING_STALE_SUPERVISOR"
 """The process id of the supervisor, and the folder in which the run notes what it has saved."""
@@ -122,7 +122,18 @@ def how(code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
-def flags_of_python() -> list[str]:
+def become_supervisor(arguments: Sequence[str]) -> NoReturn:
+    """Become the process that supervises: this one has imported torch, which that one does without.
+
+    Args:
+        arguments: those of :func:`main`.
+    """
+    sys.stdout.flush()
+    light = [sys.executable, *_flags_of_python(), "-X", "lightning_stale_server", "-m", "lightning_stale.supervisor"]
+    os.execv(sys.executable, [*light, *arguments])  # noqa: S606
+
+
+def _flags_of_python() -> list[str]:
     """Return the options of the interpreter that stand before ``-m`` in this process' command line."""
     return sys.orig_argv[1 : sys.orig_argv.index("-m")]
 
@@ -161,7 +172,7 @@ def main() -> None:
     parser.add_argument("script", metavar="SCRIPT")
     parser.add_argument("arguments", metavar="ARGS", nargs=argparse.REMAINDER)
     asked = parser.parse_args()
-    flags = flags_of_python()[:-2]  # but for what makes this process a light one
+    flags = _flags_of_python()[:-2]  # but for what makes this process a light one
     command = [sys.executable, *flags, *(["-m"] if asked.module else []), asked.script, *asked.arguments]
     raise SystemExit(Supervisor(command, asked.max_restarts, asked.script).run())
 

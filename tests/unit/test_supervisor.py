@@ -173,6 +173,6 @@ def test_the_commands_usage_is_shown() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-X", "lightning_stale_server", "-m", "lightning_stale"]
     process = subprocess.run([*command, "rub"], env=environment, capture_output=True, text=True, timeout=120)
-    assert process.returncode == 1
-    assert "usage: python -m lightning_stale run" in process.stderr
-    assert "'rub': write run" in process.stderr
+    assert process.returncode == 2
+    assert "usage: python -m lightning_stale" in process.stderr
+    assert "invalid choice: 'rub' (choose from 'run'" in process.stderr
