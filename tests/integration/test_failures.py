@@ -82,7 +82,9 @@ def assert_failed(worker: Worker, *texts: str) -> None:
 # --- killed processes -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", ["bsp", "asp", tcp("dssp")], ids=["bsp", "asp", "dssp-tcp"])
+@pytest.mark.parametrize(
+    "strategy", ["bsp", "asp", "bounded-delay", tcp("dssp")], ids=["bsp", "asp", "bounded-delay", "dssp-tcp"]
+)
 def test_every_worker_names_the_server_when_it_is_killed(strategy: Any, tmp_path: Path) -> None:
     with workers(train, 2, tmp_path, tmp_path, strategy) as group:
         under_way(group)
