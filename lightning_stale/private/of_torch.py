@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -146,3 +147,30 @@ def keys_of_this_attempt() -> Iterator[None]:
         yield
     finally:
         module._create_c10d_store = make
+
+
+_forking = 0  # the process that has forked this one
+
+
+def _note_who_forks() -> None:
+    global _forking
+    _forking = os.getpid()
+
+
+@functools.cache
+def end_loaders_with_their_process() -> None:
+    """Let processes of a DataLoader that are forked from now on end with the one that has forked them.
+
+    They look for it by the number of their parent, which they ask for once they have come to work. If it has died by
+    then, they take the system's first process for it, and stay for ever.
+    """
+    module: Any = importlib.import_module("torch.utils.data._utils.worker")
+    watchdog: Any = module.ManagerWatchdog
+
+    class Watchdog(watchdog):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.manager_pid = _forking or os.getppid()
+
+    os.register_at_fork(before=_note_who_forks)
+    module.ManagerWatchdog = Watchdog

@@ -161,6 +161,7 @@ class StaleStrategy(DDPStrategy):
                 secret.check(self.num_nodes)
             if self.node_rank == 0 and self.local_rank == 0:
                 self._host.prepare()
+        of_torch.end_loaders_with_their_process()
         with of_torch.keys_of_this_attempt():
             super().setup_environment()
         atexit.unregister(destroy_process_group)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from lightning import Trainer
@@ -157,3 +162,47 @@ def test_torchrun_has_a_folder_for_a_run(tmp_path: Path, monkeypatch: pytest.Mon
     assert first.parent == tmp_path
     assert folder(DefaultLogsSpecs(str(tmp_path)), 0) != first
     assert folder(DefaultLogsSpecs(os.devnull), 0) is None
+
+
+LOADER = """
+import os, signal, sys, time
+from pathlib import Path
+from torch.utils.data import DataLoader
+from lightning_stale.private import of_torch
+
+def come_to_work(worker):
+    Path("worker").write_text(str(os.getpid()))
+    while not Path("go-on").exists():
+        time.sleep(0.05)
+
+if sys.argv[1] == "ends":
+    of_torch.end_loaders_with_their_process()
+iterator = iter(DataLoader([1, 2, 3], num_workers=1, worker_init_fn=come_to_work, multiprocessing_context="fork"))
+while not Path("worker").exists() or not Path("worker").read_text():
+    time.sleep(0.05)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux")
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_loaders_process_ends_though_its_own_has_died_before_it_came_to_work(ends: bool, tmp_path: Path) -> None:
+    """Without us it does not: then this is not needed any more."""
+    process = subprocess.run(
+        [sys.executable, "-c", LOADER, "ends" if ends else "stays"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        timeout=120,
+    )
+    assert process.returncode == -signal.SIGKILL
+    worker = psutil.Process(int((tmp_path / "worker").read_text()))
+    try:
+        (tmp_path / "go-on").touch()
+        if ends:
+            worker.wait(timeout=60)
+        else:
+            with pytest.raises(psutil.TimeoutExpired):
+                worker.wait(timeout=12)  # it looks every 5 s
+    finally:
+        with contextlib.suppress(psutil.Error):
+            worker.kill()
