@@ -107,6 +107,13 @@ class Coordinator:
         """Whether ``push`` is of batches that have been taken back: then its gradient is not to be applied."""
         return self._stale(push.member, push.leases) is not None
 
+    def is_new(self, push: Push, optimizer: int) -> bool:
+        """Note ``push``, which is not refused; return whether it is to be applied.
+
+        One that leaves its leases open is not, if who held them before has come as far with them.
+        """
+        return push.commits or self.leases is None or self.leases.note_part(push.leases, optimizer)
+
     def handle(self, message: Message, now: float) -> list[Reply]:
         """Return what ``message`` leads to, in the order in which it is to be said.
 
@@ -216,7 +223,7 @@ class Coordinator:
             self._asking.add(message.member)
         self._round = self.paradigm.averages
         released = self.paradigm.push(message.member, now)  # before others have a batch for it, whom it would wait for
-        granted = self._commit(message.member, message.leases, now)
+        granted = self._commit(message.member, message.leases if message.commits else (), now)
         return [*self._release(released, now), *granted]
 
     def _leave_gate(self, rank: int, now: float) -> list[Reply]:
@@ -265,9 +272,11 @@ class Coordinator:
             return self._tell_failure(message.member)
         if self.leases is None:
             raise ValueError(f"rank {message.member} asks for a batch, and nobody hands them out")
-        stale = self._stale(message.member, message.leases)
+        stale = self._stale(message.member, (*message.leases, *message.kept))
         if stale is not None:
             return [Refused(message.member, stale)]
+        self.leases.note_kept(message.kept)
+        self.leases.note_steps(message.steps)
         try:
             if message.plan is not None:
                 # who is at the next meeting already trains nothing before it; who comes later may come too late
@@ -285,7 +294,14 @@ class Coordinator:
         """Have ``rank`` wait for a batch; if it waits for what others hold, nobody waits for its pushes meanwhile."""
         assert self.leases is not None
         granted = self._grants(self.leases.request(rank), now)
-        return [*granted, *self._leave_gate(rank, now)] if self.leases.waits_for_others(rank) else granted
+        if self.leases.waits_for_others(rank):
+            granted += self._leave_gate(rank, now)
+        return [*granted, *self._end_kept(now)]
+
+    def _end_kept(self, now: float) -> list[Reply]:
+        """Nobody is granted a batch any more for which a gradient would be kept: these are trained, as they are."""
+        assert self.leases is not None
+        return [reply for rank, leases in self.leases.kept_to_the_end() for reply in self._commit(rank, leases, now)]
 
     def _commit(self, rank: int, leases: Sequence[int], now: float) -> list[Reply]:
         if self.leases is None or not leases:
@@ -296,12 +312,14 @@ class Coordinator:
             self.paradigm.note_commit(rank, now)
         return self._grants(self.leases.commit(rank, leases), now)
 
-    def _take_back(self, rank: int, now: float) -> list[Reply]:
+    def _take_back(self, rank: int, now: float, stays: bool = False) -> list[Reply]:
         if self.leases is None:
             return []
+        replies = self._commit(rank, self.leases.trained(rank, stays), now)
         for lease in self.leases.of(rank):
             self._record(events.TakenBack(now, rank, lease))
-        return self._grants(self.leases.take_back(rank), now)
+        replies += self._grants(self.leases.take_back(rank), now)
+        return [*replies, *self._end_kept(now)]
 
     def _grants(self, grants: Grants, now: float) -> list[Reply]:
         if self.failure is not None:  # who waits knows of it
@@ -328,7 +346,7 @@ class Coordinator:
         if self.failure is not None:
             return self._tell_failure(message.member)
         released = self._leave_gate(message.member, now)  # it pushes no more until all have met: nobody waits for it
-        released += self._take_back(message.member, now)  # what it has not begun: others may
+        released += self._take_back(message.member, now, stays=True)  # what it has not begun: others may
         self.meeting.arrive(message.member, message.place, message.detail, message.region)
         return [*released, *self._open_meeting(now)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
@@ -19,6 +19,8 @@ class Grant:
 
     ``step`` says how far the epoch is, in steps of every worker; it is that of the next meeting once no batch is left.
     ``ahead`` are the batches that are kept for this worker, to fetch them meanwhile: an idle one may get them.
+    Where workers say how often optimizers step in a batch, ``taken`` is how often they have in ``step`` steps, and
+    ``most`` how often in one.
     """
 
     lease: int
@@ -26,6 +28,8 @@ class Grant:
     last: int
     step: int
     ahead: tuple[int, ...] = ()
+    taken: int = 0
+    most: int = 0
 
     @property
     def over(self) -> bool:
@@ -75,6 +79,33 @@ class Leases(ABC):
         Raises:
             ValueError: if one is :meth:`stale`; then none is committed.
         """
+
+    @abstractmethod
+    def note_part(self, leases: Sequence[int], optimizer: int) -> bool:
+        """Note a push of ``optimizer`` with gradients of ``leases``, which stay open: more of them may follow.
+
+        Returns:
+            Whether it is to be applied: not if who held these batches before has pushed as much of them.
+        """
+
+    @abstractmethod
+    def note_steps(self, steps: int) -> None:
+        """Note how often optimizers have stepped in a batch that is committed now."""
+
+    @abstractmethod
+    def note_kept(self, leases: Sequence[int]) -> None:
+        """Note that these are computed, and that their holder keeps the gradients for a later push."""
+
+    @abstractmethod
+    def trained(self, member: int, stays: bool) -> list[int]:
+        """Return which leases of ``member`` count as trained when the rest of its leases is taken back.
+
+        Those that were pushed together with others, and if it ``stays``, those whose gradients it keeps.
+        """
+
+    @abstractmethod
+    def kept_to_the_end(self) -> list[tuple[int, list[int]]]:
+        """Return whose gradients are kept when no batch is left, and nobody is computing one: they become no push."""
 
     @abstractmethod
     def take_back(self, member: int) -> Grants:
@@ -187,15 +218,15 @@ class EpochLeases(Leases):
         >>> leases = EpochLeases(workers=2)
         >>> leases.open(Plan(epoch=0, batches=3, each=1, steps=1, until=1), members={0, 1})
         >>> leases.request(0)
-        [(0, Grant(lease=0, first=0, last=1, step=0, ahead=()))]
+        [(0, Grant(lease=0, first=0, last=1, step=0, ahead=(), taken=0, most=0))]
         >>> leases.commit(0, [0]), leases.request(0)
-        ([], [(0, Grant(lease=1, first=1, last=2, step=0, ahead=()))])
+        ([], [(0, Grant(lease=1, first=1, last=2, step=0, ahead=(), taken=0, most=0))])
         >>> leases.commit(0, [1]), leases.request(0)   # the last one is kept for worker 1
         ([], [])
         >>> leases.request(1)
-        [(1, Grant(lease=2, first=2, last=3, step=0, ahead=()))]
+        [(1, Grant(lease=2, first=2, last=3, step=0, ahead=(), taken=0, most=0))]
         >>> leases.commit(1, [2])
-        [(0, Grant(lease=-1, first=3, last=3, step=1, ahead=()))]
+        [(0, Grant(lease=-1, first=3, last=3, step=1, ahead=(), taken=0, most=0))]
     """
 
     def __init__(self, workers: int, allows: Callable[[int, int], bool] = lambda lease, oldest: True) -> None:
@@ -210,6 +241,11 @@ class EpochLeases(Leases):
         self._line: list[int] = []  # who has asked and waits, oldest first
         self._owed: set[int] = set()  # who has had none since the last meeting
         self._next = 0
+        self._parts: dict[int, Counter[int]] = {}  # of an open lease: its pushes by optimizer
+        self._pushed: dict[int, Counter[int]] = {}  # the same of one of the division, whoever has held it
+        self._jointly: set[int] = set()  # open leases that were pushed together with others
+        self._kept_back: set[int] = set()  # open leases whose gradients their holders keep
+        self._taken = self._most = 0  # the steps of optimizers: in the epoch, and in one batch
 
     @property
     def plan(self) -> Plan | None:
@@ -255,7 +291,7 @@ class EpochLeases(Leases):
             raise ValueError(f"a worker goes on with {plan} amid {before}: all must have the same batches per epoch")
         plan.check(self._workers)
         if before is None or before.epoch < plan.epoch:
-            self._fresh = self._prefix = 0
+            self._fresh = self._prefix = self._taken = 0
         elif replace(before, until=plan.until) != plan or plan.until < before.until:
             raise ValueError(f"{plan} does not follow {before}: all must have the same batches per epoch")
         self._division = Division(plan, self._workers)
@@ -281,18 +317,54 @@ class EpochLeases(Leases):
         if stale is not None:
             raise ValueError(f"worker {member} commits {list(leases)}, and does not hold lease {stale} (any more)")
         for lease in leases:
-            self._committed.add(self._held.pop(lease)[1])
+            number = self._let_go(lease)
+            self._pushed.pop(number, None)
+            self._committed.add(number)
         while self._prefix in self._committed:
             self._committed.remove(self._prefix)
             self._prefix += 1
         return self.serve() if leases else []
 
     def take_back(self, member: int) -> Grants:
-        mine = [*self._kept.pop(member, ()), *(self._held.pop(lease)[1] for lease in self.of(member))]
+        mine = [*self._kept.pop(member, ()), *(self._let_go(lease) for lease in self.of(member))]
         self._returned.extendleft(sorted(mine, reverse=True))
         self._line = [waiting for waiting in self._line if waiting != member]
         self._owed.discard(member)
         return self.serve()
+
+    def _let_go(self, lease: int) -> int:
+        self._parts.pop(lease, None)
+        self._jointly.discard(lease)
+        self._kept_back.discard(lease)
+        return self._held.pop(lease)[1]
+
+    def note_part(self, leases: Sequence[int], optimizer: int) -> bool:
+        new = not leases
+        for lease in leases:
+            mine = self._parts.setdefault(lease, Counter())
+            all_of_it = self._pushed.setdefault(self._held[lease][1], Counter())
+            mine[optimizer] += 1
+            new = new or mine[optimizer] > all_of_it[optimizer]
+            all_of_it[optimizer] = max(mine[optimizer], all_of_it[optimizer])
+        if len(leases) > 1:
+            self._jointly.update(leases)
+        return new
+
+    def note_steps(self, steps: int) -> None:
+        self._taken += steps
+        self._most = max(self._most, steps)
+
+    def note_kept(self, leases: Sequence[int]) -> None:
+        self._kept_back.update(leases)
+
+    def trained(self, member: int, stays: bool) -> list[int]:
+        return [lease for lease in self.of(member) if lease in self._jointly or (stays and lease in self._kept_back)]
+
+    def kept_to_the_end(self) -> list[tuple[int, list[int]]]:
+        waiting = (lease in self._kept_back and holder in self._line for lease, (holder, _) in self._held.items())
+        if self.left or not all(waiting):
+            return []
+        return [(member, leases) for member in self._line if (leases := self.of(member))]
 
     def waits_for_others(self, member: int) -> bool:
         return member in self._line and self.left <= self._kept_from(member)
@@ -315,9 +387,10 @@ class EpochLeases(Leases):
             if self._held or self._division is None:  # one of these may come back; or nobody has said what there is
                 return None
             end = self._division.plan.batches
-            return Grant(NONE_LEFT, end, end, self.step)
+            return Grant(NONE_LEFT, end, end, self.step, (), *self._optimizer_steps)
         oldest = next(iter(self._held), self._next)
-        if self.left <= self._kept_from(member) or not self._allows(self._next, oldest):
+        waits_for_itself = oldest in self._kept_back and self._held[oldest][0] == member
+        if self.left <= self._kept_from(member) or not (waits_for_itself or self._allows(self._next, oldest)):
             return None
         assert self._division is not None
         lease, self._next = self._next, self._next + 1
@@ -326,7 +399,12 @@ class EpochLeases(Leases):
         self._owed.discard(member)
         kept = self._keep(member, self._division.plan.prefetch)
         ahead = (range(*self._division.batches(number)) for number in kept)
-        return Grant(lease, *self._division.batches(number), self.step, tuple(chain.from_iterable(ahead)))
+        batches = self._division.batches(number)
+        return Grant(lease, *batches, self.step, tuple(chain.from_iterable(ahead)), *self._optimizer_steps)
+
+    @property
+    def _optimizer_steps(self) -> tuple[int, int]:
+        return self._taken * self.step // max(self.committed, 1), self._most
 
     def _take(self, member: int) -> int:
         """Return which one ``member`` gets: what is kept for it, what nobody has, or another's that begins it last."""

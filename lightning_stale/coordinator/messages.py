@@ -52,19 +52,26 @@ class _FromMember:
 class Request(_FromMember):
     """It is free and asks for a batch, of the epoch that ``plan`` says if it is the first since the last meeting.
 
-    Of these ``leases`` of its own, no gradient has become an update (the step was skipped, say): they count as trained.
+    These ``leases`` of its own count as trained: all pushes with their gradients have come, if there are any. In the
+    batch that is over, optimizers have stepped so many ``steps``. Of those ``kept``, a later push has the gradients.
     """
 
     leases: tuple[int, ...] = ()
     plan: Plan | None = None
+    kept: tuple[int, ...] = ()
+    steps: int = 0
 
 
 @dataclass(frozen=True)
 class Push(_FromMember):
-    """Its gradient, of the batches of these leases, has come; with its OK it wants to be granted the next, or not."""
+    """Its gradient, of the batches of these leases, has come; with its OK it wants to be granted the next, or not.
+
+    It commits them, or leaves them open: others of its optimizers may step too, before the batch is over.
+    """
 
     leases: tuple[int, ...] = ()
     asks: bool = False
+    commits: bool = True
 
 
 @dataclass(frozen=True)

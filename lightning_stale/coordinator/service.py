@@ -185,10 +185,13 @@ class Service:
         who = (peer.member, peer.generation)
         match message["type"]:
             case "sync":
+                if message["region"]:  # it may come here because of who is gone, and is not to meet that one
+                    self.note_connections()
                 self.plane.arrives(peer, message)
                 self.tell(m.Arrive(*who, message["place"], message["detail"], message["region"]))
             case "request":
-                self.tell(m.Request(*who, numbers(message["leases"]), plan_of(message["plan"])))
+                leases, kept = numbers(message["leases"]), numbers(message["kept"])
+                self.tell(m.Request(*who, leases, plan_of(message["plan"]), kept, message["steps"]))
             case "thresholds":
                 if not all(isinstance(name, str) for name in message["values"]):
                     raise wire.WireError(f"thresholds={message['values']!r}")

@@ -27,6 +27,12 @@ def why_not(loader: object) -> str | None:
     return None
 
 
+def too_few(loader: DataLoader[Any], workers: int) -> str | None:
+    """Return what is wrong if there are fewer batches in an epoch than ``workers``."""
+    batches = len(loader.batch_sampler)  # type: ignore[arg-type]
+    return f"{batches} batches cannot be shared by {workers} workers" if batches < workers else None
+
+
 def with_shards(loader: object, shares: dict[str, Any]) -> object:
     """Let ``loader``, whose sampler Lightning has made for one replica, have the shard of this worker.
 
@@ -57,9 +63,10 @@ class OnDemandLoader:
 
     def __init__(self, loader: DataLoader[Any], workers: int, next_batch: NextBatch) -> None:
         self.loader, self._workers, self._next_batch = loader, workers, next_batch
-        if len(self) == 0:
+        problem = too_few(loader, workers)
+        if problem is not None:
             raise ValueError(
-                f"{self.batches} batches cannot be shared by {workers} workers: make batches smaller "
+                f"{problem}: make batches smaller "
                 f"(batch_size={loader.batch_size} now), or write devices={max(1, self.batches)}"
             )
 
@@ -87,12 +94,12 @@ class OnDemandLoader:
             while feed.sent and number in list(feed.sent)[1:]:  # another worker has got the one before it
                 next(iterator)
                 feed.sent.popleft()
-            if not feed.sent or feed.sent[0] != number:
+            on_its_way = bool(feed.sent) and feed.sent[0] == number
+            if not on_its_way:  # then what is there is dropped
                 feed.begin(order)
-                feed.expect([number, *ahead])
-                iterator = iter(inner)  # what is on its way is dropped
-            else:
-                feed.expect([number, *ahead])
+            feed.expect([number, *ahead])
+            if not on_its_way:
+                iterator = iter(inner)
             batch = next(iterator)
             feed.sent.popleft()
             yield batch

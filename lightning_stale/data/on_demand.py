@@ -4,24 +4,50 @@ from __future__ import annotations
 
 import zlib
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
 
 from lightning_stale.coordinator.leases import Grant, Plan, merged
-from lightning_stale.private.of_loops import EpochCounters, check_epoch, keep_schedulers_up
+from lightning_stale.data.loader import too_few
+from lightning_stale.private.of_loops import (
+    EpochCounters,
+    check_epoch,
+    keep_bar_up,
+    keep_schedulers_up,
+    note_saved,
+    resume_in_silence,
+    validates_amid_step,
+)
 
-Request = Callable[[Sequence[int], Plan | None], Grant]
+
+class Request(Protocol):
+    """Asks the coordinator for batches, and waits for them."""
+
+    def __call__(self, leases: Sequence[int], plan: Plan | None, kept: Sequence[int] = (), steps: int = 0) -> Grant:
+        """Return what may be computed next.
+
+        Args:
+            leases: of those that count as trained, and that no push has committed.
+            plan: if it is the first request since the last meeting.
+            kept: leases of those whose gradients a later push will have.
+            steps: how often optimizers have stepped in the batch that is over, in manual optimization.
+        """
 
 
-def why_not_here(trainer: Trainer) -> str | None:
-    """Return why batches cannot be handed out in this training, as the end of a sentence; ``None`` if they can."""
-    if not trainer.lightning_module.automatic_optimization:
-        return "optimization is manual: which of its steps is the last of a batch is not known"
-    return None
+def why_rather_not(trainer: Trainer, loader: DataLoader[Any], workers: int) -> str | None:
+    """Return why nobody would want batches of ``loader`` handed out who has not asked for it, or ``None``.
+
+    It would be an error, or mean something else than with shards.
+    """
+    if not trainer.lightning_module.automatic_optimization and trainer.lr_scheduler_configs:
+        return "optimization is manual, and a scheduler that training_step steps counts the batches of its own worker"
+    batches = len(loader.batch_sampler)  # type: ignore[arg-type]
+    return too_few(loader, workers) or validates_amid_step(trainer, batches // workers)
 
 
 class BatchesOnDemand:
@@ -32,12 +58,17 @@ class BatchesOnDemand:
     decisions follow it, so that they agree on all workers where they meet, and are what shards give where workers are
     equal.
 
+    In manual optimization a batch may be in several pushes, and a push may have several batches. A batch in which an
+    optimizer has stepped is trained when it is over, with those before it whose gradients had been kept.
+
     Args:
         trainer: of this worker.
         workers: how many there are.
-        request: asks the coordinator, with the leases that have become no push, and the plan after a meeting.
+        request: asks the coordinator.
         prefetch: how many batches the loader fetches ahead.
         resumed: what :meth:`state_dict` returned when the checkpoint was saved that this fit goes on from.
+        joined: what :meth:`segment` returned on rank 0, of one that joins a fit that runs.
+        before_segment: called before the first request after each meeting.
     """
 
     def __init__(
@@ -47,9 +78,11 @@ class BatchesOnDemand:
         request: Request,
         prefetch: int = 0,
         resumed: Mapping[str, Any] | None = None,
+        joined: Mapping[str, Any] | None = None,
+        before_segment: Callable[[], None] = lambda: None,
     ) -> None:
         self._trainer, self._workers, self._request, self._prefetch = trainer, workers, request, prefetch
-        self._resumed = resumed
+        self._resumed, self._joined, self._before_segment = resumed, joined, before_segment
         self._epoch = -1
         self._order = 0  # a checksum
         self._batches = 0  # of the epoch, of all workers
@@ -57,7 +90,17 @@ class BatchesOnDemand:
         self._grant: Grant | None = None  # None: ask, with a plan
         self._start = self._step = self._steps = 0  # of the epoch: where this fit begins; now; and from there on
         self._next = 0  # among the rest
-        self._undo = keep_schedulers_up(trainer, self._unscheduled)
+        self._scheduled = dict.fromkeys((False, True), 0)
+        self.manual = not trainer.lightning_module.automatic_optimization
+        """Whether ``training_step`` steps the optimizers itself."""
+        self._kept: tuple[int, ...] = ()  # leases whose gradients are in no push yet
+        self._has_stepped = False  # in this batch
+        self._most = 0  # steps of optimizers in one
+        self._undo = [
+            keep_schedulers_up(trainer, self._unscheduled),
+            resume_in_silence(trainer),
+            keep_bar_up(trainer),
+        ]
 
     # --- batches ----------------------------------------------------------------------------------------------------
 
@@ -70,15 +113,16 @@ class BatchesOnDemand:
         Args:
             order: the samples of all batches of the epoch.
         """
-        if self._grant is None:
+        if self._grant is None or self._grant.over:  # it has counted up to here, and there was nothing to meet for
             if self._trainer.current_epoch != self._epoch:
                 self._begin_epoch(order)
+            self._before_segment()
             self._hold(self._request((), self._plan()))
         grant = self._grant
         assert grant is not None
         if grant.over:
             last = self._step == self._start + self._steps
-            self._counters.without_batch(self._done, self._step, last)
+            self._counters.without_batch(self._done, self._step, grant.taken, last)
             return []
         number, self._next = self._next, self._next + 1
         # a lease of the last step may be short, and ends there whatever the others do; all others end before it
@@ -91,7 +135,7 @@ class BatchesOnDemand:
     @property
     def leases(self) -> tuple[int, ...]:
         """Those whose gradients the next push will have."""
-        return () if self._grant is None or self._grant.over else (self._grant.lease,)
+        return () if self._grant is None or self._grant.over else (*self._kept, self._grant.lease)
 
     @property
     def amid_step(self) -> bool:
@@ -106,9 +150,26 @@ class BatchesOnDemand:
         over = grant.over and self._step == self._start + self._steps
         self._counters.in_step(self._done, self._step, meets=grant.over, last=over)
 
+    def note_step(self) -> None:
+        """An optimizer steps amid a batch, in manual optimization."""
+        self._has_stepped = True
+
+    def end_batch(self) -> None:
+        """A batch is over, in manual optimization: go on with what is granted next."""
+        if not self.amid_step:
+            return
+        mine, trained = self.leases, self._has_stepped
+        grant = self._request(
+            mine if trained else (), None, kept=() if trained else mine, steps=self._counters.steps_by_hand
+        )
+        self._kept, self._has_stepped = () if trained or grant.over else mine, False
+        self._hold(grant)
+        over = grant.over and self._step == self._start + self._steps
+        self._counters.after_batch(self._done, grant.taken, meets=grant.over, last=over)
+
     def has_met(self) -> None:
         """All have met, and what this worker had not begun was taken back: ask anew."""
-        self._grant = None
+        self._grant, self._kept = None, ()
 
     @property
     def _done(self) -> int:
@@ -117,7 +178,7 @@ class BatchesOnDemand:
 
     def _hold(self, grant: Grant) -> None:
         self._grant, self._next = grant, grant.first
-        self._step = self._start + grant.step
+        self._step, self._most = self._start + grant.step, grant.most
 
     def _begin_epoch(self, order: Sequence[Sequence[int]]) -> None:
         trainer = self._trainer
@@ -126,15 +187,25 @@ class BatchesOnDemand:
         length = int(trainer.num_training_batches)
         self._batches = len(order) if length == len(order) // self._workers else length * self._workers
         self._order = zlib.crc32(array("q", chain.from_iterable(order)).tobytes(), len(order))
-        done = self._done_before()
+        joined, self._joined = self._joined, None
+        done = self._done_before(self._resumed) if joined is None else self._done_at_join(joined)
+        self._resumed = None
         self._rest = [number for number in range(self._batches) if number not in done]
         self._steps = -(-(len(self._rest) // self._workers) // self._each)
-        self._start = self._step = -(-length // self._each) - self._steps
-        self._counters = EpochCounters(trainer, self._start)
-        self._scheduled = dict.fromkeys((False, True), self._start)
+        self._start = -(-length // self._each) - self._steps
+        self._step = self._start if joined is None else joined["step"]
+        self._counters = EpochCounters(trainer, self._step)
+        self._scheduled = dict.fromkeys((False, True), self._step)
 
-    def _done_before(self) -> set[int]:
-        resumed, self._resumed = self._resumed, None
+    def _done_at_join(self, joined: Mapping[str, Any]) -> set[int]:
+        if joined["order"] != self._order:
+            raise MisconfigurationException(
+                f"this process joins a fit in epoch {joined['epoch']}, and the order of its batches is another one "
+                "here: have the same data, batch_size and seed (seed_everything) as its rank 0"
+            )
+        return _numbers(joined["committed"])
+
+    def _done_before(self, resumed: Mapping[str, Any] | None) -> set[int]:
         if resumed is None or resumed["epoch"] != self._epoch:
             return set()
         if resumed["order"] != self._order:
@@ -143,10 +214,11 @@ class BatchesOnDemand:
                 "have the same seed (seed_everything), data and batch_size, or go on from a checkpoint that was saved "
                 "at the end of an epoch"
             )
-        return {number for first, last in resumed["committed"] for number in range(first, last)}
+        note_saved(self._trainer)
+        return _numbers(resumed["committed"])
 
     def _plan(self) -> Plan:
-        until = self._counters.next_meeting(self._step, self._start + self._steps)
+        until = self._counters.next_meeting(self._step, self._start + self._steps, self._most)
         ahead = -(-self._prefetch // self._each)
         return Plan(self._epoch, len(self._rest), self._each, self._steps, until - self._start, ahead)
 
@@ -166,7 +238,7 @@ class BatchesOnDemand:
         if leases["plan"] is None or leases["plan"]["epoch"] != self._epoch:
             return None
         rest = set(self._rest)
-        trained = {self._rest[number] for first, last in leases["committed"] for number in range(first, last)}
+        trained = {self._rest[number] for number in _numbers(leases["committed"])}
         done = (number for number in range(self._batches) if number in trained or number not in rest)
         return {
             "epoch": self._epoch,
@@ -174,6 +246,22 @@ class BatchesOnDemand:
             "committed": merged((number, number + 1) for number in done),
         }
 
+    def segment(self) -> dict[str, Any]:
+        """Return where all are as they ask anew after a meeting, for one who comes to them: plain numbers and lists."""
+        rest = set(self._rest)
+        done = (number for number in range(self._batches) if number not in rest)
+        return {
+            "epoch": self._epoch,
+            "order": self._order,
+            "committed": merged((number, number + 1) for number in done),
+            "step": self._step,
+        }
+
     def release(self) -> None:
-        """Give Lightning its schedulers back."""
-        self._undo()
+        """Give Lightning its schedulers, its warnings and its progress bar back."""
+        while self._undo:
+            self._undo.pop()()
+
+
+def _numbers(ranges: Sequence[Sequence[int]]) -> set[int]:
+    return {number for first, last in ranges for number in range(first, last)}

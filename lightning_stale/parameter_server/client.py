@@ -145,6 +145,7 @@ class ParameterClient:
         whole: bool = True,
         leases: Sequence[int] = (),
         asks: bool = False,
+        commits: bool = True,
     ) -> Release:
         """Push the gradients of one optimizer, wait for the OK, and pull the weights.
 
@@ -158,6 +159,7 @@ class ParameterClient:
                 no graph is left that was computed with the others.
             leases: of the batches whose gradients these are, where batches are handed out.
             asks: whether to wait for the next ones too: they come with the OK.
+            commits: whether these are trained then, or other pushes with their gradients may follow.
 
         Raises:
             RunFailedError: if the run has failed elsewhere.
@@ -176,6 +178,7 @@ class ParameterClient:
             whole=whole,
             leases=list(leases),
             asks=asks,
+            commits=commits,
             nbytes=sum(end - start for start, end in ranges),
             **self._take_times(),
         )
@@ -192,12 +195,16 @@ class ParameterClient:
         self.start_computing()
         return self.last_release
 
-    def request(self, leases: Sequence[int] = (), plan: Plan | None = None) -> Grant:
+    def request(
+        self, leases: Sequence[int] = (), plan: Plan | None = None, kept: Sequence[int] = (), steps: int = 0
+    ) -> Grant:
         """Wait for batches to compute, and pull the weights with them.
 
         Args:
-            leases: of those whose gradients have become no push: they count as trained.
+            leases: of those that count as trained, and that no push has committed.
             plan: what there is until the next meeting, if this is the first request since the last.
+            kept: leases of those whose gradients a later push will have.
+            steps: how often optimizers have stepped in the batch that is over.
 
         Raises:
             RunFailedError: if the run has failed elsewhere, or other workers have another plan.
@@ -205,7 +212,13 @@ class ParameterClient:
         """
         self._stop_computing()
         started = time.monotonic()
-        self._connection.send("request", leases=list(leases), plan=None if plan is None else astuple(plan))
+        self._connection.send(
+            "request",
+            leases=list(leases),
+            plan=None if plan is None else astuple(plan),
+            kept=list(kept),
+            steps=steps,
+        )
         message = self._receive_weights("granted")
         self._wait_s += time.monotonic() - started
         self.start_computing()
@@ -361,8 +374,8 @@ class ParameterClient:
 
 
 def _grant_of(values: Sequence[Any]) -> Grant:
-    lease, first, last, step, ahead = values
-    return Grant(lease, first, last, step, tuple(ahead))
+    lease, first, last, step, ahead, taken, most = values
+    return Grant(lease, first, last, step, tuple(ahead), taken, most)
 
 
 def _bytes_of(buffer: Tensor) -> memoryview:

@@ -210,13 +210,13 @@ class Shard(Plane):
             self._take_push(peer, worker, message)
 
     def _take_push(self, peer: Peer, worker: _Worker, message: dict[str, Any]) -> None:
-        pushed = m.Push(peer.member, peer.generation, message["leases"], message["asks"])
+        pushed = m.Push(peer.member, peer.generation, message["leases"], message["asks"], message["commits"])
         coordinator = self._service.coordinator
         if coordinator.failure is None and not coordinator.refuses(pushed):
-            self._accept(peer, worker, message)
+            self._accept(peer, worker, message, coordinator.is_new(pushed, message["optimizer"]))
         self._service.tell(pushed)
 
-    def _accept(self, peer: Peer, worker: _Worker, message: dict[str, Any]) -> None:
+    def _accept(self, peer: Peer, worker: _Worker, message: dict[str, Any], is_new: bool) -> None:
         push = Push(
             optimizer=message["optimizer"],
             used=message["used"],
@@ -228,15 +228,15 @@ class Shard(Plane):
             weights_then=worker.then,
             lasting=not message["whole"],
         )
-        worker.staleness, worker.applied = push.staleness, True
+        worker.staleness, worker.applied = push.staleness, is_new
         self._note_times(peer, message)
         self._record(events.Pushed(self._service.now(), peer.member, worker.staleness))
-        if self._paradigm.averages:
+        if is_new and self._paradigm.averages:
             self._round[peer.member, peer.generation] = push
-        else:
+        elif is_new:
             worker.applied = self._apply(lambda: self._store.apply(push))
-            if not worker.applied:
-                self._record(events.Refused(self._service.now(), peer.member))
+        if not worker.applied:
+            self._record(events.Refused(self._service.now(), peer.member))
         worker.own = None
         if not message["whole"]:
             worker.own = self._layout.ranges(self._changed_by(push)) if worker.applied else []

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+from lightning.fabric.strategies.launchers.subprocess_script import _basic_subprocess_cmd, _ChildProcessObserver
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 
@@ -45,3 +47,17 @@ def announce(launcher: SubprocessScriptLauncher) -> None:
 def share_threads(num_processes: int) -> None:
     """Let the ranks of a host share its cores, unless ``OMP_NUM_THREADS`` is set."""
     _set_num_threads_if_needed(num_processes=num_processes)
+
+
+OBSERVED_S = 5.0
+"""How often Lightning looks whether one of the ranks of this host has failed."""
+
+
+def script_command() -> list[str]:
+    """Return what starts this script again."""
+    return list(_basic_subprocess_cmd())
+
+
+def end_all_with_one(processes: list[subprocess.Popen[bytes]]) -> bool:
+    """Kill ``processes`` and this one if one of them has failed, as Lightning does; return whether all are over."""
+    return bool(_ChildProcessObserver(main_pid=os.getpid(), child_processes=processes)._run())

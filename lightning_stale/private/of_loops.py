@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_stale.private.of_lightning import callbacks, replace
+from lightning_stale.private.of_lightning import callbacks, replace, saves_now
 
 _NO_BATCH = "train_dataloader yielded None. If this was on purpose, ignore this warning..."
 _COUNTS = ("ready", "started", "processed", "completed")
@@ -20,6 +21,9 @@ class EpochCounters:
     """Lightning's counters of the epoch that a loop is in, which count this worker's batches and steps by themselves.
 
     They are set to say how far all workers are. Its loop goes on from there: it counts the batch that it is at.
+
+    In manual optimization Lightning counts every step of every optimizer as one, and nobody knows before how many a
+    batch takes. Below, a step is then a batch.
 
     Args:
         trainer: whose loop.
@@ -31,6 +35,9 @@ class EpochCounters:
         self._stepped = self._loop.automatic_optimization.optim_progress.optimizer.step
         self._set_batches(step * trainer.accumulate_grad_batches, totals_too=False)
         self._stepped.current.ready = self._stepped.current.completed = step
+        self._by_hand = self._loop.manual_optimization.optim_step_progress
+        self._before = self._told = self._by_hand.total.completed  # at the start of the epoch; and told last
+        self._limit: float = math.inf  # they are not so many before the next meeting
         self._logged = self._loop._batches_that_stepped - step  # at the start of the epoch
 
     @property
@@ -61,15 +68,18 @@ class EpochCounters:
         progress = self._loop.batch_progress
         progress.increment_ready()  # the loop has counted these two already
         progress.increment_started()
-        progress.is_last_batch = self._fetcher.done = last
+        self._set_end(step, meets, last)
         ahead = step - 1 - self._stepped.current.completed
         for tracker in (self._stepped.current, self._stepped.total):
             tracker.completed += ahead
             tracker.ready = tracker.completed + 1
+
+    def _set_end(self, step: int, meets: bool, last: bool) -> None:
+        self._loop.batch_progress.is_last_batch = self._fetcher.done = last
         self._loop._batches_that_stepped = self._logged + step - 1
         self._loop._skip_next_val = not meets
 
-    def without_batch(self, batches: int, step: int, last: bool) -> None:
+    def without_batch(self, batches: int, step: int, taken: int, last: bool) -> None:
         """Say how far all are where they meet next, and this worker has no batch until then: it gets ``None``.
 
         Lightning runs no step for that, and goes on as after one. Call it while it fetches.
@@ -77,6 +87,7 @@ class EpochCounters:
         Args:
             batches: of each worker.
             step: the same in steps.
+            taken: how often optimizers have stepped in these, in manual optimization.
             last: whether the epoch is over with it.
         """
         self.before_batch(batches - 1, last)
@@ -86,9 +97,37 @@ class EpochCounters:
         for tracker in (self._stepped.current, self._stepped.total):
             tracker.completed += ahead
             tracker.ready = tracker.completed
+        self._set_by_hand(taken)
         self._loop._batches_that_stepped = self._logged + step - 1
         self._loop._skip_next_val = False
         self._loop._warning_cache.add(_NO_BATCH)
+
+    @property
+    def steps_by_hand(self) -> int:
+        """How often optimizers have stepped since the last batch, in manual optimization."""
+        return int(self._by_hand.total.completed - self._told)
+
+    def after_batch(self, batch: int, taken: int, meets: bool, last: bool) -> None:
+        """Say how far all are after the batch that the loop is at the end of, in manual optimization.
+
+        Args:
+            batch: of each worker, this one's of now included.
+            taken: how often optimizers have stepped in these.
+            meets: whether all meet after it.
+            last: whether it is this worker's last of the epoch.
+        """
+        self._set_batches(batch - 1)
+        progress = self._loop.batch_progress
+        progress.increment_ready()  # the loop has counted these three already
+        progress.increment_started()
+        progress.increment_processed()
+        self._set_end(batch, meets, last)
+        self._set_by_hand(taken if meets else min(taken, self._limit - 1 - self._before))
+
+    def _set_by_hand(self, taken: float) -> None:
+        self._told = self._before + int(taken)
+        for tracker in (self._by_hand.current, self._by_hand.total):
+            tracker.ready = tracker.completed = self._told
 
     def _set_batches(self, batches: int, totals_too: bool = True) -> None:
         progress = self._loop.batch_progress
@@ -99,28 +138,40 @@ class EpochCounters:
 
     # --- where all meet -------------------------------------------------------------------------------------------
 
-    def next_meeting(self, step: int, steps: int) -> int:
+    def next_meeting(self, step: int, steps: int, most: int) -> int:
         """Return after which step of the epoch all meet next: to validate, to save, or as it is over.
+
+        In manual optimization, it may be before that: then it is asked again.
 
         Args:
             step: where they are.
             steps: that the epoch has.
+            most: how often optimizers have stepped in one batch, in manual optimization; 0 before the first.
         """
         trainer, each = self._trainer, self._trainer.accumulate_grad_batches
-        done = self._stepped.total.completed - self._stepped.current.completed  # before the epoch
-        ends = [steps]
-        if trainer.max_steps >= 0:
-            ends.append(trainer.max_steps - done)
-        for callback in callbacks(trainer):
-            every = callback._every_n_train_steps if isinstance(callback, ModelCheckpoint) else 0
-            if every >= 1:
-                ends.append(_next_multiple(done + step, every) - done)
+        if trainer.lightning_module.automatic_optimization:
+            done = self._stepped.total.completed - self._stepped.current.completed  # before the epoch
+            ends = [steps, *(goal - done for goal in self._goals(done + step))]
+        else:
+            goals = self._goals(self._told)
+            self._limit = min(goals, default=math.inf)
+            per_batch = max(most, len(trainer.optimizers)) if most else self._limit  # not known: ask after one batch
+            ends = [steps, *(step + math.ceil((goal - self._told) / per_batch) for goal in goals if goal > self._told)]
         check = trainer.val_check_batch
         if self._loop._should_check_val_epoch() and check is not None and check != math.inf:
             before = self._loop.batch_progress.total.ready - self._loop.batch_progress.current.ready
             before = before if trainer.check_val_every_n_epoch is None else 0
             ends.append(-(-(_next_multiple(before + step * each, int(check)) - before) // each))
         return min(end for end in ends if end > step)
+
+    def _goals(self, now: int) -> list[int]:
+        """Return at which numbers of steps something is to be done next, ``now`` being how many there were."""
+        goals = [self._trainer.max_steps] if self._trainer.max_steps >= 0 else []
+        for callback in callbacks(self._trainer):
+            every = callback._every_n_train_steps if isinstance(callback, ModelCheckpoint) else 0
+            if every >= 1:
+                goals.append(_next_multiple(now, every))
+        return goals
 
 
 def _next_multiple(number: int, of: int) -> int:
@@ -142,9 +193,43 @@ def check_epoch(trainer: Trainer) -> None:
         )
     if trainer.enable_validation and check not in (None, math.inf, length) and int(check) % each:
         raise MisconfigurationException(
-            f"val_check_interval={trainer.val_check_interval}, which is {int(check)} batches, ends amid a step of "
-            f"accumulate_grad_batches={each}: write a multiple of {each}, or StaleSyncStrategy(data='shards')"
+            f"{_ends_amid_step(trainer, int(check))}: write a multiple of {each}, or StaleSyncStrategy(data='shards')"
         )
+
+
+def _ends_amid_step(trainer: Trainer, check: int) -> str:
+    return (
+        f"val_check_interval={trainer.val_check_interval}, which is {check} batches, ends amid a step of "
+        f"accumulate_grad_batches={trainer.accumulate_grad_batches}"
+    )
+
+
+def validates_amid_step(trainer: Trainer, length: int) -> str | None:
+    """Return what is wrong if workers would have to meet amid a step to validate, before the loop has its data.
+
+    Args:
+        trainer: whose loop.
+        length: of the training data, in batches of each worker.
+    """
+    each, interval, limit = trainer.accumulate_grad_batches, trainer.val_check_interval, trainer.limit_train_batches
+    if each == 1 or trainer.limit_val_batches == 0 or interval in (None, 1.0):
+        return None
+    length = min(length, limit) if isinstance(limit, int) else int(length * (limit or 1.0))
+    check = interval if isinstance(interval, int) else max(1, int(length * interval))
+    return _ends_amid_step(trainer, check) if check % each and check != length else None
+
+
+def keep_bar_up(trainer: Trainer) -> Callable[[], None]:
+    """Let the progress bar be at the batch of all workers after each, and not where it began; return what undoes it."""
+    bar, loop = trainer.progress_bar_callback, trainer.fit_loop.epoch_loop
+    if bar is None:
+        return lambda: None
+    update = bar.on_train_batch_end
+
+    def on_train_batch_end(trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG001
+        update(trainer, module, outputs, batch, loop.batch_idx)
+
+    return replace(bar, "on_train_batch_end", on_train_batch_end)
 
 
 def keep_schedulers_up(trainer: Trainer, unseen: Callable[[bool], range]) -> Callable[[], None]:
@@ -172,3 +257,26 @@ def keep_schedulers_up(trainer: Trainer, unseen: Callable[[bool], range]) -> Cal
             current.ready = ready
 
     return replace(loop, "update_lr_schedulers", update_lr_schedulers)
+
+
+def resume_in_silence(trainer: Trainer) -> Callable[[], None]:
+    """Let Lightning not warn, as it resumes amid an epoch, that its loader cannot be resumed; return what undoes it.
+
+    It looks for a ``state_dict`` of the loader, which batches that are handed out have no need of.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    reset = loop.reset
+
+    def reset_in_silence() -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
+            reset()
+
+    return replace(loop, "reset", reset_in_silence)
+
+
+def note_saved(trainer: Trainer) -> None:
+    """Say that what is saved at the step of now has been: it would be again amid the next one (accumulation)."""
+    for callback in callbacks(trainer):
+        if isinstance(callback, ModelCheckpoint) and saves_now(callback, trainer):
+            callback._last_global_step_saved = trainer.global_step

@@ -6,7 +6,9 @@ import contextlib
 import functools
 import importlib
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -84,6 +86,28 @@ def registered_node(kind: type) -> Node | None:
 def rendezvous_store() -> Store:
     """Return the key-value store over which the ranks have found each other."""
     return _get_default_store()
+
+
+def shared_store() -> Store:
+    """Return the same without the prefix of a process group: whichever group a rank is in, it is one for all."""
+    store = rendezvous_store()
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    return store
+
+
+def form_default_group(backend: str, store: Store, prefix: str, index: int, size: int, timeout: timedelta) -> None:
+    """Make the default process group anew, where there is none, over keys of ``store`` that begin with ``prefix``.
+
+    torch prefixes the tracebacks of a process with its rank in each group that it makes; the first prefix stays.
+    """
+    hook = sys.excepthook
+    try:
+        torch.distributed.init_process_group(
+            backend, store=PrefixStore(prefix, store), rank=index, world_size=size, timeout=timeout
+        )
+    finally:
+        sys.excepthook = hook
 
 
 def abort_collectives() -> None:

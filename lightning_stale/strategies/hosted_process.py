@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Generic, TypeVar
 
 from lightning_stale.coordinator.process import ChildProcess, CoordinatorProcess
@@ -27,6 +28,8 @@ class HostedProcess(Generic[ProcessT]):
 
     def __init__(self, start: Callable[[], ProcessT], name: str, needs_secret: bool) -> None:
         self.needs_secret = needs_secret
+        self.invites = False
+        """Whether others may come as long as it runs."""
         self._start, self._name = start, name
         self._process: ProcessT | None = None
         self._introduction: Introduction | None = None  # while the ranks connect
@@ -53,14 +56,7 @@ class HostedProcess(Generic[ProcessT]):
             serve: tells the process, and returns where it is.
             check: called while waiting; raises to break off.
         """
-        self._introduction = Introduction(
-            of_torch.rendezvous_store(),
-            run,
-            rank,
-            others=topology.world_size - 1,
-            name=self._name,
-            open_to_all=not self.needs_secret,
-        )
+        self._introduction = self._introduce(run, rank, others=topology.world_size - 1)
         if rank > 0:
             return self._introduction.accept(check)
 
@@ -71,9 +67,35 @@ class HostedProcess(Generic[ProcessT]):
 
         return self._introduction.offer(offer)
 
+    def learn(self, run: str, rank: int, check: Callable[[], None]) -> tuple[Endpoint, Credentials]:
+        """Return where the process is, to one who comes while the run goes on.
+
+        Args:
+            run: its name.
+            rank: this one.
+            check: called while waiting; raises to break off.
+        """
+        return self._introduce(run, rank, others=0).accept(check)
+
+    def _introduce(self, run: str, rank: int, others: int) -> Introduction:
+        return Introduction(
+            of_torch.shared_store(),
+            run,
+            rank,
+            others=others,
+            name=self._name,
+            open_to_all=not self.needs_secret,
+            invites=self.invites,
+        )
+
+    @property
+    def secret_file(self) -> Path | None:
+        """On rank 0: where the secret is that lets others in, if so."""
+        return None if self._introduction is None else self._introduction.secret_file
+
     def end_introduction(self) -> None:
-        """All have connected, or nobody will any more."""
-        if self._introduction is not None:
+        """All have connected, or nobody will any more; where others are invited, they may as long as it runs."""
+        if self._introduction is not None and not self.invites:
             self._introduction.close()
             self._introduction = None
 
@@ -82,6 +104,8 @@ class HostedProcess(Generic[ProcessT]):
         if self._process is not None:
             self._process.stop(grace_s)
             self._process = None
+        self.invites = False
+        self.end_introduction()
 
 
 def serve_coordinator(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any, Literal, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -11,20 +12,20 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from lightning_stale.data.loader import OnDemandLoader, why_not, with_shards
-from lightning_stale.data.on_demand import why_not_here
+from lightning_stale.data.on_demand import why_rather_not
 from lightning_stale.elastic import Elastic, as_elastic
 from lightning_stale.failures import RunFailedError
-from lightning_stale.paradigms import PARADIGMS, BoundedDelay, Paradigm, as_paradigm
+from lightning_stale.paradigms import ASP, PARADIGMS, BoundedDelay, Paradigm, as_paradigm
 from lightning_stale.parameter_server.apply import ApplyRule, Plain, as_apply_rule
 from lightning_stale.parameter_server.client import Release, Transport
 from lightning_stale.parameter_server.process import ServerProcess
-from lightning_stale.strategies.base import StaleStrategy
 from lightning_stale.strategies.hosted_process import HostedProcess
+from lightning_stale.strategies.joinable import JoinableStrategy
 from lightning_stale.strategies.updates.server import ServerUpdate
 from lightning_stale.transport import memory
 
 
-class StaleSyncStrategy(StaleStrategy):
+class StaleSyncStrategy(JoinableStrategy):
     """Data parallelism through a parameter server, with a bound on how far the workers may drift apart.
 
     Each worker computes the gradient of a batch, pushes it, waits for an OK, and pulls the newest weights. The server,
@@ -42,7 +43,8 @@ class StaleSyncStrategy(StaleStrategy):
             :class:`~lightning_stale.ApplyRule` such as ``Ringmaster(R=8)``.
         data: ``"on-demand"``: whoever is free gets the next batch of the epoch; ``"shards"``: every worker has its own
             part of it, and an epoch lasts as long as the slowest takes for its own; ``"auto"``: on demand with
-            ``"bounded-delay"``, wherever Lightning chooses the order of the training data, and otherwise shards.
+            ``"bounded-delay"`` and ``"asp"``, wherever Lightning chooses the order of the training data, and otherwise
+            shards.
         elastic: what happens when a worker is killed or hangs: ``False``: the run ends; ``True``, or an
             :class:`~lightning_stale.Elastic` that says more: its batches go to the others, which go on without it, and
             another process takes its place. Batches are handed out on demand then, whatever the paradigm.
@@ -86,6 +88,8 @@ class StaleSyncStrategy(StaleStrategy):
             raise ValueError(f"data={data!r} is unknown: write 'auto', 'on-demand' or 'shards'")
         self.data = data
         self.elastic = as_elastic(elastic)
+        if self.elastic is not None:
+            self._patience = timedelta(seconds=self.elastic.patience_s)
         self._check_elastic(kwargs.get("start_method", "popen"))
         self._update: ServerUpdate
         gate = as_paradigm(paradigm)
@@ -192,20 +196,26 @@ class StaleSyncStrategy(StaleStrategy):
             return False
         if self.elastic is not None:
             return True
-        wanted = self.data == "on-demand" or (self.data == "auto" and isinstance(self.paradigm, BoundedDelay))
-        return wanted and self.world_size > 1
+        by_itself = isinstance(self.paradigm, (ASP, BoundedDelay))
+        wanted = self.data == "on-demand" or (self.data == "auto" and by_itself)
+        return wanted and self.topology.world_size > 1
 
     def process_dataloader(self, dataloader: object) -> object:
         """Let the training loader have the batches that this worker is granted, or its shard."""
         trainer = self._require_trainer()
         if not self._grants_batches():
             return super().process_dataloader(dataloader)
-        reason = why_not(dataloader) or why_not_here(trainer)
+        reason = why_not(dataloader)
+        loader = cast(DataLoader[Any], dataloader)
+        if reason is None and self.data == "auto" and self.elastic is None:
+            reason = why_rather_not(trainer, loader, self.topology.world_size)
         if reason is None:
-            loader = cast(DataLoader[Any], dataloader)
             prefetch = loader.num_workers * (loader.prefetch_factor or 0)
-            next_batch = self._update.hand_out_batches(trainer, self.world_size, prefetch)
-            return OnDemandLoader(loader, self.world_size, next_batch)
+            workers = self.topology.world_size  # an epoch is as long as it began, whoever comes and goes
+            next_batch = self._update.hand_out_batches(
+                trainer, workers, prefetch, self.joined_batches, self.before_segment
+            )
+            return OnDemandLoader(loader, workers, next_batch)
         if self.elastic is not None:
             raise MisconfigurationException(
                 f"elastic={self.elastic!r} hands out batches, so that none is lost with a worker, but {reason}: write "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from torch.distributed.distributed_c10d import Store
 
@@ -33,6 +34,7 @@ class Introduction:
         name: of the process that rank 0 offers, in errors.
         open_to_all: whether, without a secret from the user, who reaches the store may reach the process too: where all
             that matters goes through torch.distributed in any case, which lets him in.
+        invites: whether others may come until :meth:`close`: then the secret is always in a file too.
     """
 
     def __init__(
@@ -44,11 +46,18 @@ class Introduction:
         *,
         name: str = "parameter server",
         open_to_all: bool = False,
+        invites: bool = False,
     ) -> None:
         self._store, self._run, self._rank, self._others, self._name = store, run, rank, others, name
         self._open = open_to_all and secret.from_environment() is None
         self._key = f"lightning_stale/{run}"
+        self._invites = invites
         self._file: SecretFile | None = None
+
+    @property
+    def secret_file(self) -> Path | None:
+        """On rank 0: where the secret is, as long as it is in a file."""
+        return None if self._file is None else self._file.path
 
     def offer(self, start: Callable[[Credentials], Endpoint]) -> tuple[Endpoint, Credentials]:
         """On rank 0: have ``start`` make the server, and tell the others; or that it has failed."""
@@ -56,10 +65,11 @@ class Introduction:
             given = secret.from_environment()
             if self._open:
                 given = self._run
-            elif given is None and self._others == 0:
+            elif given is None and self._others == 0 and not self._invites:
                 given = secret.fresh()
-            if given is None:
-                self._file = SecretFile()
+            known = given is not None  # to the other ranks too
+            if given is None or self._invites:
+                self._file = SecretFile(given)
                 given = self._file.secret
             credentials = Credentials.derive(given, self._run)
             endpoint = start(credentials)
@@ -67,7 +77,7 @@ class Introduction:
             self._store.set(self._key, f"-{type(error).__name__}: {error}")
             self._wait_until_heard()
             raise
-        name = "" if self._file is None else self._file.name
+        name = "" if known or self._file is None else self._file.name
         self._store.set(self._key, f"+{name}\n{endpoint.encode(credentials)}")
         return endpoint, credentials
 

@@ -7,6 +7,7 @@ Hydra). Several hosts share no file: there the user gives all ranks the same :da
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import secrets
@@ -60,28 +61,35 @@ def fresh() -> str:
 
 
 class SecretFile:
-    """A fresh secret in a file that only this user can read, from rank 0.
+    """A secret in a file that only this user can read, from rank 0.
+
+    Args:
+        given: the secret; a fresh one by default.
 
     Attributes:
         name: of the file, in a folder that every rank of this host knows; need not be secret.
+        path: of the file.
         secret: what is in it.
 
     Raises:
         SecretError: if others could read or replace it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, given: str | None = None) -> None:
         folder = _folder()
         _forget_old(folder)
-        self.name, self.secret = secrets.token_hex(16), fresh()
-        self._path = folder / self.name
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(self.secret)
+        self.name, self.secret = secrets.token_hex(16), given or fresh()
+        self.path = folder / self.name
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._file = os.fdopen(os.open(self.path, flags, 0o600), "w")
+        fcntl.flock(self._file, fcntl.LOCK_SH)  # as long as it is needed: other runs leave it alone
+        self._file.write(self.secret)
+        self._file.flush()
 
     def remove(self) -> None:
         """Remove the file: all have read it, or nobody will."""
-        self._path.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
+        self._file.close()
 
 
 def read(name: str) -> str:
@@ -105,6 +113,31 @@ def read(name: str) -> str:
         return file.read()
 
 
+def read_from(path: Path) -> str:
+    """Return the secret in a file that the user names.
+
+    Raises:
+        SecretError: if there is none, or others could read it; it says what to do.
+    """
+    try:
+        with path.open() as file:
+            status = os.fstat(file.fileno())
+            found = file.read().strip()
+    except OSError as error:
+        raise SecretError(
+            f"--secret {path} cannot be read ({error.strerror}): name the file that rank 0 has printed, which is there "
+            "while its fit runs; on another host, a copy of it that only you can read (mode 600)"
+        ) from error
+    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        raise SecretError(
+            f"--secret {path} is not this user's alone (owner {status.st_uid}, mode {stat.filemode(status.st_mode)}): "
+            f"run chmod 600 {path}"
+        )
+    if len(found) < _MIN_LENGTH:
+        raise SecretError(f"--secret {path} has {len(found)} characters: name the file that rank 0 has printed")
+    return found
+
+
 def _folder() -> Path:
     base = os.environ.get("XDG_RUNTIME_DIR", "")
     if not (base and os.path.isdir(base) and os.stat(base).st_uid == os.geteuid()):
@@ -125,8 +158,10 @@ def _check_private(path: Path, status: os.stat_result, is_kind: Callable[[int], 
 
 
 def _forget_old(folder: Path) -> None:
-    """Remove what runs have left whose rank 0 was killed while the others connected."""
+    """Remove what runs have left whose rank 0 was killed while others could connect."""
     for path in folder.iterdir():
         with contextlib.suppress(OSError):
             if path.lstat().st_mtime < time.time() - _FORGOTTEN_S:
-                path.unlink()
+                with path.open() as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which fails while its run goes on
+                    path.unlink()

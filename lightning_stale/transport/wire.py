@@ -36,6 +36,7 @@ SCHEMA: dict[str, dict[str, type | tuple[type, ...]]] = {
         "whole": bool,  # whether all weights come with the OK, or those only that this push has changed
         "leases": list,  # of the batches in it, where they are handed out
         "asks": bool,  # whether the next ones are to come with the OK
+        "commits": bool,  # whether no other push with their gradients follows
         "nbytes": int,  # of the chunks that follow
         "wait_s": float,
         "compute_s": float,
@@ -54,8 +55,10 @@ SCHEMA: dict[str, dict[str, type | tuple[type, ...]]] = {
     "deposit": {"part": bytes, "last": bool},  # what who joins anew begins with, from rank 0
     "deposited": {},
     "request": {
-        "leases": list,  # of batches whose gradient has become no update
+        "leases": list,  # of batches that are trained, and that no push has committed
         "plan": (list, type(None)),  # what there is until the next meeting: the fields of `Plan`
+        "kept": list,  # leases of batches whose gradients a later push will have
+        "steps": int,  # of optimizers, in the batch that is over
     },
     "pull": {},  # all weights, without waiting
     "thresholds": {"values": dict},  # names and new values; the reply is None, or what is wrong with them

@@ -35,7 +35,7 @@ def keep_ledger(
     samples = range(SAMPLES) if own_samples is None else own_samples[rank]
     t = trainer(
         WORLD_SIZE,
-        StaleSyncStrategy(paradigm=paradigm, transport=transport),
+        StaleSyncStrategy(paradigm=paradigm, transport=transport, data="shards"),
         max_epochs=epochs,
         callbacks=[delays()],
         use_distributed_sampler=own_samples is None,
@@ -113,7 +113,7 @@ STEPS = 12
 def meet_slow_worker(
     rank: int, paradigm: Paradigm, slow: int, folder: Path, blocks_in: int, awaits: str
 ) -> dict[str, Any]:
-    strategy = StaleSyncStrategy(paradigm=paradigm)
+    strategy = StaleSyncStrategy(paradigm=paradigm, data="shards")
     t = trainer(
         2,
         strategy,

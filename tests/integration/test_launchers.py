@@ -108,6 +108,10 @@ def test_popen_and_several_trainers_in_one_script(expected: dict[str, Tensor], t
         elif name == "bsp":
             assert_same(left, expected)
             assert_summary(left_summary, "BSP()", updates=STEPS)
+        elif name == "asp":  # whoever is free takes the next batch
+            assert left_summary is not None
+            assert (left_summary["paradigm"], left_summary["updates"]) == ("ASP()", 2 * STEPS)
+            assert sum(worker["pushes"] for worker in left_summary["workers"]) == 2 * STEPS
         else:
             assert left_summary is not None
             assert_summary(left_summary, left_summary["paradigm"], updates=2 * STEPS)

@@ -8,14 +8,15 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, SequentialSampler, TensorDataset
 
 from lightning_stale import ASP, BSP, SSP, BoundedDelay, StaleSyncStrategy, StragglerInjection
+from lightning_stale.strategies import stale_sync
 from tests.integration.harness import run_workers, signal_test, wait_for_file
-from tests.integration.models import Ledger, Regression, loader, numbered, trainer
+from tests.integration.models import Ledger, numbered, trainer
 
 SAMPLES = 96
 PARADIGMS = [ASP(), BSP(), SSP(threshold=1), BoundedDelay()]
@@ -152,6 +153,43 @@ def test_one_worker_trains_what_another_has_no_time_for(tmp_path: Path) -> None:
     assert summary["workers"][0]["max_staleness"] == SAMPLES // 2 - 1
 
 
+class Tqdm(TQDMProgressBar):
+    """Notes how far the bar is at the end."""
+
+    end = (0.0, 0.0)
+
+    def on_train_epoch_end(self, *args: Any) -> None:
+        self.end = (self.train_progress_bar.n, self.train_progress_bar.total)
+        super().on_train_epoch_end(*args)
+
+
+class Rich(RichProgressBar):
+    """The same of a rich one."""
+
+    end = (0.0, 0.0)
+
+    def on_train_epoch_end(self, *args: Any) -> None:
+        if self.progress is not None:  # it is on rank 0
+            task = self.progress.tasks[self.train_progress_bar_id]
+            self.end = (task.completed, task.total)
+        super().on_train_epoch_end(*args)
+
+
+def show_progress(rank: int, bar: Any, folder: Path) -> tuple[int, Any]:
+    model = Held(folder, SAMPLES // 2 - 1)
+    t = trainer(2, "asp", max_epochs=1, callbacks=[bar], enable_progress_bar=True)
+    t.fit(model, numbered(range(SAMPLES)))
+    assert "on_train_batch_end" not in vars(bar), "it is Lightning's again"
+    return model.batches, bar.end
+
+
+@pytest.mark.parametrize("bar", [Tqdm(refresh_rate=5), Rich(refresh_rate=5)], ids=["tqdm", "rich"])
+def test_the_progress_bar_of_a_slow_worker_ends_where_the_epoch_does(bar: Any, tmp_path: Path) -> None:
+    (batches, end), _ = run_workers(show_progress, 2, tmp_path, bar, tmp_path)
+    assert batches == 1
+    assert end == (SAMPLES // 4, SAMPLES // 4)
+
+
 @pytest.mark.parametrize("delay", [2, 5])
 def test_nobody_is_granted_a_batch_beyond_the_delay(delay: int, tmp_path: Path) -> None:
     (held, summary), (free, _) = run_workers(fit_held, 2, tmp_path, tmp_path, BoundedDelay(delay), delay - 1)
@@ -237,14 +275,14 @@ class Stream(IterableDataset[Any]):
         return iter(torch.arange(SAMPLES))
 
 
-class Manual(Regression):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
+class Forwards(Sampler[int]):
+    """A sampler of the user's, which Lightning wraps."""
 
+    def __iter__(self) -> Any:
+        return iter(range(SAMPLES))
 
-class Forwards(SequentialSampler):
-    """A sampler of the user's."""
+    def __len__(self) -> int:
+        return SAMPLES
 
 
 class Backwards(BatchSampler):
@@ -260,7 +298,6 @@ class Meeting(Counted):
 
 DATA = TensorDataset(torch.arange(SAMPLES))
 REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
-    "manual": (Manual, lambda: loader(), {}, "optimization is manual"),
     "stream": (Counted, lambda: DataLoader(Stream()), {}, "the training data is iterable"),
     "batch sampler": (
         Counted,
@@ -303,22 +340,47 @@ def test_what_cannot_be_handed_out_is_refused_with_the_cure(tmp_path: Path) -> N
     run_workers(refuse_all, 2, tmp_path)
 
 
-def fall_back(rank: int) -> list[Tensor]:
-    """With a batch sampler and with a sampler of the user's own, into which Lightning puts the shards."""
-    pages = []
-    for options in (
-        {"batch_sampler": Backwards(SequentialSampler(DATA), 2, False)},
-        {"sampler": Forwards(DATA), "batch_size": 2},
-    ):
+FALLING_BACK: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"batch_sampler": Backwards(SequentialSampler(DATA), 2, False)}, {}, "has a Backwards for a batch sampler"),
+    ({"sampler": Forwards(), "batch_size": 2}, {}, "has a DistributedSamplerWrapper, where"),
+    ({"batch_size": 2}, {"accumulate_grad_batches": 2, "val_check_interval": 5}, "ends amid a step of acc"),
+    ({"batch_size": 2}, {"accumulate_grad_batches": 4, "val_check_interval": 0.25}, "which is 6 batches, ends amid"),
+    ({"batch_size": SAMPLES}, {}, "1 batches cannot be shared by 2 workers"),
+]
+"""What loader and Trainer are made with, and what the note says."""
+
+
+def fall_back(rank: int, paradigm: Any) -> list[tuple[Tensor, int, list[str]]]:
+    results = []
+    for data, options, _ in FALLING_BACK:
+        notes: list[str] = []
+        stale_sync.rank_zero_info = notes.append
         model = Counted()
-        t = trainer(2, StaleSyncStrategy(paradigm=BoundedDelay()), max_epochs=1)
-        t.fit(model, DataLoader(DATA, **options))
-        assert t.num_training_batches == SAMPLES // 4
-        pages.append(model.pages.detach() / -model.lr)
-    return pages
+        t = trainer(2, StaleSyncStrategy(paradigm=paradigm), max_epochs=1, **options)
+        t.fit(model, DataLoader(DATA, **data), numbered(range(8)))
+        results.append((model.pages.detach() / -model.lr, t.num_training_batches, notes))
+    return results
 
 
-def test_where_it_is_a_matter_of_choice_they_have_shards_instead(tmp_path: Path) -> None:
-    for results in run_workers(fall_back, 2, tmp_path):
-        for pages in results:
-            assert torch.equal(pages, torch.ones(SAMPLES))
+@pytest.mark.parametrize("paradigm", [ASP(), BoundedDelay()], ids=repr)
+def test_where_it_is_a_matter_of_choice_they_have_shards_instead(paradigm: Any, tmp_path: Path) -> None:
+    for results in run_workers(fall_back, 2, tmp_path, paradigm):
+        for (data, options, text), (pages, batches, (note,)) in zip(FALLING_BACK, results, strict=True):
+            assert note.startswith("Every worker has training data of its own")
+            assert text in note
+            assert batches == (1 if data.get("batch_size") == SAMPLES else SAMPLES // 4)
+            assert torch.equal(pages, torch.full((SAMPLES,), 1.0 / options.get("accumulate_grad_batches", 1)))
+
+
+def take_what_comes(rank: int, paradigm: Any, folder: Path) -> tuple[int, Tensor]:
+    """Rank 0 computes its first batch until rank 1 has begun all others."""
+    model = Held(folder, SAMPLES // 2 - 1)
+    trainer(2, paradigm, max_epochs=1).fit(model, numbered(range(SAMPLES)))
+    return model.batches, model.pages.detach() / -model.lr
+
+
+def test_asp_hands_out_batches_without_another_word(tmp_path: Path) -> None:
+    held, free = run_workers(take_what_comes, 2, tmp_path, "asp", tmp_path)
+    assert (held[0], free[0]) == (1, SAMPLES // 2 - 1)
+    for _, pages in (held, free):
+        assert torch.equal(pages, torch.ones(SAMPLES))

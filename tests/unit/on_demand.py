@@ -6,6 +6,7 @@ works out the times of one lease after another from section 4 of ``design/algori
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -157,15 +158,18 @@ def formula(durations: Durations, batches: int, delay: float) -> Run:
     work = [itertools.cycle(each) for each in durations]
     free = [0.0] * len(durations)
     leases: list[Lease] = []
+    all_ended: list[float] = []  # when all leases up to this one have
     for number in range(batches):
         worker = free.index(min(free))
-        must_have_ended = leases[: max(0, number - int(delay) + 1)] if delay < batches else []
-        begin = max([free[worker], *(lease.end for lease in must_have_ended)])
+        must_have_ended = all_ended[number - int(delay)] if delay <= number else 0.0
+        begin = max(free[worker], must_have_ended)
         lease = Lease(worker, begin, begin - free[worker], begin + next(work[worker]))
         free[worker] = lease.end
         leases.append(lease)
+        all_ended.append(max([lease.end, *all_ended[-1:]]))
+    ends = sorted(lease.end for lease in leases)
     for lease in leases:
-        lease.staleness = sum(lease.begin < other.end < lease.end for other in leases)
+        lease.staleness = max(0, bisect.bisect_left(ends, lease.end) - bisect.bisect_right(ends, lease.begin))
     return Run(dict(enumerate(leases)))
 
 

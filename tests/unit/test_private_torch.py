@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -206,3 +207,19 @@ def test_a_loaders_process_ends_though_its_own_has_died_before_it_came_to_work(e
     finally:
         with contextlib.suppress(psutil.Error):
             worker.kill()
+
+
+def test_a_default_group_can_be_made_anew_over_the_same_store(tmp_path: Path) -> None:
+    hook = sys.excepthook
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    of_torch.form_default_group("gloo", store, "first", 0, 1, timedelta(seconds=5))
+    try:
+        of_torch.shared_store().set("a", "b")
+        torch.distributed.destroy_process_group()
+        of_torch.form_default_group("gloo", store, "second", 0, 1, timedelta(seconds=5))
+        assert of_torch.shared_store().get("a") == b"b"
+        of_torch.rendezvous_store().set("a", "c")
+        assert of_torch.shared_store().get("a") == b"b", "under a prefix"
+        assert sys.excepthook is hook
+    finally:
+        torch.distributed.destroy_process_group()

@@ -102,8 +102,8 @@ def connection_of(rank: int) -> int:
 def nothing_ahead(message: dict[str, Any]) -> dict[str, Any]:
     """Return a message without the batches that its grant names ahead, of which there are none."""
     if message["grant"] is not None:
-        *grant, ahead = message["grant"]
-        assert ahead == []
+        *grant, ahead, taken, most = message["grant"]
+        assert (ahead, taken, most) == ([], 0, 0)
         message["grant"] = grant
     return message
 
@@ -181,6 +181,7 @@ class Harness:
             "whole": True,
             "leases": [],
             "asks": False,
+            "commits": True,
             "wait_s": 0.0,
             "compute_s": 0.0,
             **fields,
@@ -198,9 +199,10 @@ class Harness:
             for first, last in ((start, middle), (middle, end)):
                 self.send(rank, "chunk", offset=first, payload=data[first:last].numpy().tobytes())
 
-    def request(self, rank: int, plan: list[int] | None = None, leases: Sequence[int] = ()) -> None:
+    def request(self, rank: int, plan: list[int] | None = None, leases: Sequence[int] = (), **fields: Any) -> None:
         """Ask; a plan without a number to prefetch says zero."""
-        self.send(rank, "request", leases=list(leases), plan=None if plan is None else [*plan, 0])
+        plan = None if plan is None else [*plan, 0]
+        self.send(rank, "request", **{"leases": list(leases), "plan": plan, "kept": [], "steps": 0, **fields})
 
     def _write(self, buffer: Tensor, value: float | list[Tensor]) -> None:
         for place, view in enumerate(self.layout.views(buffer)):
@@ -609,6 +611,38 @@ def test_a_push_of_a_lease_that_was_taken_back_changes_nothing(
     harness.push(1, 4.0, leases=[3])
     harness.push(0, 4.0, leases=[2])
     assert_weights(list(harness.store.parameters), -LR * (6.0 if paradigm.averages else 10.0))
+
+
+def two_optimizers(parameters: list[Tensor]) -> list[Optimizer]:
+    return [torch.optim.SGD([parameter], lr=LR) for parameter in parameters]
+
+
+@pytest.mark.parametrize("shared", SHARED)
+@pytest.mark.parametrize("pushed", [[], [0], [0, 1], [0, 0]], ids=str)
+def test_who_is_lost_amid_a_batch_of_several_pushes_has_each_of_them_applied_once(
+    pushed: list[int], shared: bool, tmp_path: Path
+) -> None:
+    """The batch has three pushes, of the first optimizer twice; its next holder computes all three again."""
+    harness = Harness(ASP(), folder=str(tmp_path), make=two_optimizers, hands_out=True)
+    harness.start(shared)
+    for rank in (0, 1):
+        harness.request(rank, [0, 2, 1, 1, 1])
+        assert harness.granted(rank)["grant"][0] == rank
+    for optimizer in pushed:
+        harness.push(1, 1.0, optimizer=optimizer, leases=[1], commits=False, whole=False)
+    harness.close_connection(1)
+    for lease in (0, 2):
+        for optimizer in (0, 0, 1):
+            harness.take(0)
+            harness.push(0, 1.0, optimizer=optimizer, leases=[lease], commits=False, whole=False)
+            repeated = lease == 2 and len(pushed) > 0
+            assert harness.released(0)["applied"] or repeated
+        harness.request(0, leases=[lease], steps=3)
+    (message,) = harness.take(0)
+    assert message["grant"] == [-1, 2, 2, 1, [], 6 * 1 // 2, 3]
+    for parameter, steps in zip(harness.store.parameters, (4.0, 2.0), strict=True):
+        assert torch.allclose(parameter, torch.full_like(parameter, -LR * steps))
+    assert harness.store.version == 6
 
 
 @pytest.mark.parametrize("shared", SHARED)
@@ -1172,9 +1206,10 @@ def test_another_error_of_the_socket_is_a_failure() -> None:
 ALL = [True, True]
 PUSH = {
     **{"optimizer": 0, "used": ALL, "options": [{}], "clip": None, "whole": True},
-    **{"leases": [], "asks": False, "nbytes": 28, "wait_s": 0.0, "compute_s": 0.0},
+    **{"leases": [], "asks": False, "commits": True, "nbytes": 28, "wait_s": 0.0, "compute_s": 0.0},
 }
 
+NOTHING_KEPT = {"kept": [], "steps": 0}
 RELEASED = {"version": 0, "clock": 0, "lead": 0, "staleness": 0, "applied": True, "grant": None, "nbytes": 0}
 
 
@@ -1194,18 +1229,33 @@ RELEASED = {"version": 0, "clock": 0, "lead": 0, "staleness": 0, "applied": True
         ([wire.encode_message("push", **{**PUSH, "leases": [[0]]})], "[[0]] where numbers belong"),
         ([wire.encode_message("push", **{**PUSH, "leases": 0})], "a 'push' message with leases=0"),
         ([wire.encode_message("push", **{**PUSH, "asks": 1})], "a 'push' message with asks=1"),
-        ([wire.encode_message("request", leases=[None], plan=None)], "[None] where numbers belong"),
-        ([wire.encode_message("request", leases=None, plan=None)], "a 'request' message with leases=None"),
-        ([wire.encode_message("request", leases=[], plan={})], "a 'request' message with plan={}"),
-        ([wire.encode_message("request", leases=[], plan=[0, 4, 1, 2])], "[0, 4, 1, 2] is no plan of an epoch"),
-        ([wire.encode_message("request", leases=[], plan=[0, 4, 1, 2, 2, 0, 0])], "[0, 4, 1, 2, 2, 0, 0] is no"),
-        ([wire.encode_message("request", leases=[], plan=[])], "[] is no plan of an epoch"),
-        ([wire.encode_message("request", leases=[], plan=[0, 4, 1, 2, "2", 0])], "[0, 4, 1, 2, '2', 0] where numbers"),
+        ([wire.encode_message("request", leases=[None], plan=None, **NOTHING_KEPT)], "[None] where numbers belong"),
         (
-            [wire.encode_message("request", leases=[], plan=[0, 4, 1, 2, True, 0])],
+            [wire.encode_message("request", leases=None, plan=None, **NOTHING_KEPT)],
+            "a 'request' message with leases=None",
+        ),
+        ([wire.encode_message("request", leases=[], plan={}, **NOTHING_KEPT)], "a 'request' message with plan={}"),
+        (
+            [wire.encode_message("request", leases=[], plan=[0, 4, 1, 2], **NOTHING_KEPT)],
+            "[0, 4, 1, 2] is no plan of an epoch",
+        ),
+        (
+            [wire.encode_message("request", leases=[], plan=[0, 4, 1, 2, 2, 0, 0], **NOTHING_KEPT)],
+            "[0, 4, 1, 2, 2, 0, 0] is no",
+        ),
+        ([wire.encode_message("request", leases=[], plan=[], **NOTHING_KEPT)], "[] is no plan of an epoch"),
+        (
+            [wire.encode_message("request", leases=[], plan=[0, 4, 1, 2, "2", 0], **NOTHING_KEPT)],
+            "[0, 4, 1, 2, '2', 0] where numbers",
+        ),
+        (
+            [wire.encode_message("request", leases=[], plan=[0, 4, 1, 2, True, 0], **NOTHING_KEPT)],
             "[0, 4, 1, 2, True, 0] where numbers",
         ),
-        ([wire.encode_message("request", leases=[], plan=[0, 4.0, 1, 2, 2, 0])], "[0, 4.0, 1, 2, 2, 0] where numbers"),
+        (
+            [wire.encode_message("request", leases=[], plan=[0, 4.0, 1, 2, 2, 0], **NOTHING_KEPT)],
+            "[0, 4.0, 1, 2, 2, 0] where numbers",
+        ),
         ([wire.encode_message("granted", version=0, grant=[0, 0, 1, 0], nbytes=0)], "unexpected 'granted'"),
         ([wire.encode_message("refused", lease=0)], "unexpected 'refused'"),
         ([wire.encode_message("optimizer_state", optimizer=3)], "a question about optimizer 3"),
@@ -1263,7 +1313,7 @@ STRANGE: dict[str, list[bytes]] = {
     "a rank too large": [wire.encode_message("hello", rank=2, pid=1, shared=False, anew=False)],
     "a negative rank": [wire.encode_message("hello", rank=-1, pid=1, shared=False, anew=False)],
     "a rank that is taken": [wire.encode_message("hello", rank=1, pid=1, shared=False, anew=False)],
-    "a request": [wire.encode_message("request", leases=[], plan=[0, 4, 1, 2, 2])],
+    "a request": [wire.encode_message("request", leases=[], plan=[0, 4, 1, 2, 2], **NOTHING_KEPT)],
     "an abort": [wire.encode_message("abort", kind="error", text="boom")],
 }
 

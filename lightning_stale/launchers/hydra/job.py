@@ -5,11 +5,11 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import signal
 import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from lightning_stale.failures import RunFailedError
 from lightning_stale.launchers.hydra.command import in_joblib_worker, rank_command, rank_environment, save_config
+from lightning_stale.launchers.replacements import Replacements, how_it_ended
 from lightning_stale.lifeline import end_with
 from lightning_stale.private import of_torch
 
@@ -62,10 +63,14 @@ class Job:
         self._threads = torch.get_num_threads()
         self._launched = False
         self._ranks: dict[int, subprocess.Popen[bytes]] = {}
+        self.replacements: Replacements | None = None
+        """Of its ranks, in elastic fits."""
+        self._folder: tempfile.TemporaryDirectory[str] | None = None  # in which ranks find the config
+        self._rank_environment: dict[str, str] = {}
         self._ended = threading.Event()
 
     def start(self, num_processes: int) -> list[subprocess.Popen[bytes]]:
-        """Start the local ranks from 1 on, and wait until each of them has come to train.
+        """Start the local ranks from 1 on, and wait until each of them has come to train; return them.
 
         Raises:
             RunFailedError: if one ends before.
@@ -74,24 +79,45 @@ class Job:
         atexit.register(self.end)
         if in_joblib_worker():  # which would outlive a sweep that is killed
             end_with(os.getppid(), grace_s=0.0)
-        with tempfile.TemporaryDirectory(prefix="lightning-stale-ranks-", ignore_cleanup_errors=True) as name:
-            folder = Path(name)
-            save_config(folder / "config.pickle")
+        self._folder = tempfile.TemporaryDirectory(prefix="lightning-stale-ranks-", ignore_cleanup_errors=True)
+        self._rank_environment = rank_environment()
+        try:
+            save_config(self._config)
             for rank in range(1, num_processes):
-                environment = {**rank_environment(), "LOCAL_RANK": str(rank), _FOLDER: name}
-                self._ranks[rank] = subprocess.Popen(rank_command(folder / "config.pickle"), env=environment)
-            self._wait_for_arrival(folder)
+                self._ranks[rank] = self.start_rank(rank, {_FOLDER: self._folder.name})
+            self._wait_for_arrival(Path(self._folder.name))
+        except BaseException:
+            self._folder.cleanup()
+            raise
         threading.Thread(target=self._watch, name="ranks", daemon=True).start()
         return list(self._ranks.values())
+
+    def start_rank(self, rank: int, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        """Start a local rank, with further environment variables."""
+        environment = {**self._rank_environment, "LOCAL_RANK": str(rank), **variables}
+        return subprocess.Popen(rank_command(self._config), env=environment)
+
+    def replace_lost(self, first_rank: int) -> None:
+        """Let ranks that die in an elastic fit be replaced; the config is kept for them until the job ends.
+
+        Args:
+            first_rank: the global rank of this process.
+        """
+        self.replacements = Replacements(self._ranks, self.start_rank, first_rank)
+
+    def all_have_come(self) -> None:
+        """Nobody will need the config any more."""
+        if self._folder is not None:
+            self._folder.cleanup()
 
     def lost(self, wait_s: float = 0.0, any_code: bool = False) -> str | None:
         """Return how a rank has ended that should not have, if one has by now or in ``wait_s`` seconds."""
         deadline = time.monotonic() + wait_s
         while True:
-            for rank, process in self._ranks.items():
+            for rank, process in list(self._ranks.items()):
                 code = process.poll()
                 if code or (any_code and code == 0):
-                    return f"rank {rank} (process {process.pid}) {_how(code)}"
+                    return f"rank {rank} (process {process.pid}) {how_it_ended(code)}"
             if time.monotonic() >= deadline:
                 return None
             time.sleep(_POLL_S)
@@ -102,9 +128,12 @@ class Job:
             return None
         if self.failed:
             self._destroy_process_group()  # ranks that wait in a collective for this one fail
+        if self.replacements is not None:
+            self.replacements.close()
         lost = self._reap(_FAILED_S if self.failed else _FINISHED_S)
         self._destroy_process_group()
         self._ended.set()
+        self.all_have_come()
         atexit.unregister(self.end)
         for name, value in self._environment.items():
             if value is None:
@@ -113,6 +142,11 @@ class Job:
                 os.environ[name] = value
         torch.set_num_threads(self._threads)
         return lost
+
+    @property
+    def _config(self) -> Path:
+        assert self._folder is not None
+        return Path(self._folder.name) / "config.pickle"
 
     def _destroy_process_group(self) -> None:
         if self._launched:  # and not torchrun, whose ranks train the next job too
@@ -132,9 +166,9 @@ class Job:
     def _watch(self) -> None:
         """When a rank has died, let no other one hang in a collective, as Lightning does, and let this process live."""
         while not self._ended.wait(1.0):
-            lost = self.lost()
-            if lost is None:
+            if (self.replacements is not None and self.replacements.tolerates) or self.lost() is None:
                 continue
+            lost = self.lost()
             if not self._ended.wait(_PATIENCE_S):
                 log.error("%s, and the others do not end: they are made to", lost)
                 self._kill()
@@ -157,10 +191,6 @@ class Job:
             process.kill()
         for process in self._ranks.values():
             process.wait()
-
-
-def _how(code: int) -> str:
-    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
 _current: Job | None = None

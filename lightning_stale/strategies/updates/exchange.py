@@ -118,10 +118,14 @@ class Exchange:
         clip = self._clips.pop(id(optimizer), None)
         if any(used):
             options = read_options(optimizer)
-            leases, asks = (() if self._batches is None else self._batches.leases), self._batches is not None
-            push = partial(self._client.push, number, indices, used, options, clip, self._whole, leases, asks)
+            leases = () if self._batches is None else self._batches.leases
+            last = self._batches is None or not self._batches.manual  # of the batch; otherwise nobody knows
+            asks = self._batches is not None and last
+            push = partial(self._client.push, number, indices, used, options, clip, self._whole, leases, asks, last)
             release = self._guard(push)
             self._memory.spread(None if self._whole else [p for p, u in zip(indices, used, strict=True) if u])
             self._behind = not self._whole
-            if self._batches is not None:
+            if self._batches is not None and asks:
                 self._batches.took_step(release.grant)
+            elif self._batches is not None:
+                self._batches.note_step()

@@ -46,7 +46,8 @@ def serve_weights(
     topology, parameters = training.topology, unique_parameters(training.optimizers)
     layout = Layout.of(parameters)
     shares_memory = transport != "tcp" and memory.supported()
-    host, reached_at = address.choose(training.main_address, topology.nodes)
+    nodes = topology.nodes if elastic is None else max(2, topology.nodes)  # further workers may come from anywhere
+    host, reached_at = address.choose(training.main_address, nodes)
     port = process.serve(
         parameters,
         training.optimizers,

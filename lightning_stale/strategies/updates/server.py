@@ -66,26 +66,97 @@ class ServerUpdate(Update):
 
     # --- training ---------------------------------------------------------------------------------------------------
 
-    def hand_out_batches(self, trainer: Trainer, workers: int, prefetch: int) -> NextBatch:
-        """Let the server hand out batches in the training that is about to start; return what asks for the next."""
+    def hand_out_batches(
+        self,
+        trainer: Trainer,
+        workers: int,
+        prefetch: int,
+        joined: Mapping[str, Any] | None = None,
+        before_segment: Callable[[], None] = lambda: None,
+    ) -> NextBatch:
+        """Let the server hand out batches in the training that is about to start; return what asks for the next.
+
+        Args:
+            trainer: of this worker.
+            workers: among how many an epoch is shared.
+            prefetch: how many batches the loader fetches ahead.
+            joined: where in the epoch this worker begins, if it joins a fit that runs.
+            before_segment: called before the first request after each meeting.
+        """
         if self._batches is None:
             resumed = None if self._resumed is None else self._resumed.get("data")
-            self._batches = BatchesOnDemand(trainer, workers, self._request_batches, prefetch, resumed)
+            self._batches = BatchesOnDemand(
+                trainer, workers, self._request_batches, prefetch, resumed, joined, before_segment
+            )
         return self._batches.next_batch
 
-    def _request_batches(self, leases: Sequence[int], plan: Plan | None) -> Grant:
+    def join(self, run: str, rank: int, check: Callable[[], None]) -> tuple[int, int]:
+        """Wait until the fit of ``run`` lets this process in; return its rank and generation.
+
+        Args:
+            run: its name.
+            rank: whose place it takes; -1: it is a further one.
+            check: called while waiting; raises to break off.
+        """
+        endpoint, credentials = self.host.learn(run, rank, check)
+        self._client = ParameterClient(endpoint, credentials, rank, self._transport, check, anew=True)
+        return self._client.rank, self._client.generation
+
+    def deposited(self) -> bytes:
+        """Return what this process, which has joined, begins with."""
+        assert self._client is not None
+        return self._client.deposited()
+
+    def segment(self) -> dict[str, Any]:
+        """Return where in the epoch all are, who are about to ask for batches."""
+        assert self._batches is not None
+        return self._batches.segment()
+
+    def deposit(self, state: bytes) -> None:
+        """On rank 0: let those in who have come, until all meet next; they begin with ``state``."""
+        assert self._client is not None
+        self._client.deposit(state)
+
+    def _request_batches(
+        self, leases: Sequence[int], plan: Plan | None, kept: Sequence[int] = (), steps: int = 0
+    ) -> Grant:
         client = self._client
         assert client is not None
         assert self._exchange is not None
         assert self._training is not None
         self._exchange.look_for_changes()
-        grant: Grant = self._training.others.guard(lambda: client.request(leases, plan))
+        grant: Grant = self._training.others.guard(lambda: client.request(leases, plan, kept, steps))
         self._exchange.spread()
         return grant
 
     def start(self, training: Training) -> None:
         """Let the server begin to serve, and connect to it."""
         self._training = training
+        joined = self._client is not None
+        client = self._client or self._connect(training)
+        self._client, self._control = client, ServerControl(client, self._check_meeting, self._note_meeting)
+        training.others.join(self._control)
+        self.running = True
+        if joined:  # it meets nobody before it has had its first batch
+            training.others.guard(client.refresh)
+        else:
+            self._meet_and_pull("the start of fit", timeout_s=2 * CONNECT_TIMEOUT_S)
+        self.host.end_introduction()
+        self._exchange = Exchange(
+            client,
+            {id(parameter): name for name, parameter in training.module.named_parameters()},
+            training.optimizers,
+            training.device,
+            alone=training.topology.world_size == 1 and self._elastic is None,
+            whole=training.module.automatic_optimization,
+            guard=training.others.guard,
+            batches=self._batches,
+        )
+        for optimizer in training.optimizers:
+            optimizer.state.clear()  # it lives in the server now
+        self._resumed = self._ended = None
+
+    def _connect(self, training: Training) -> ParameterClient:
         endpoint, credentials = self.host.introduce(
             training.run,
             training.rank,
@@ -102,25 +173,7 @@ class ServerUpdate(Update):
             ),
             training.check_signals,
         )
-        client = ParameterClient(endpoint, credentials, training.rank, self._transport, training.check_signals)
-        self._client, self._control = client, ServerControl(client, self._check_meeting, self._note_meeting)
-        training.others.join(self._control)
-        self.running = True
-        self._meet_and_pull("the start of fit", timeout_s=2 * CONNECT_TIMEOUT_S)
-        self.host.end_introduction()
-        self._exchange = Exchange(
-            client,
-            {id(parameter): name for name, parameter in training.module.named_parameters()},
-            training.optimizers,
-            training.device,
-            alone=training.topology.world_size == 1 and self._elastic is None,
-            whole=training.module.automatic_optimization,
-            guard=training.others.guard,
-            batches=self._batches,
-        )
-        for optimizer in training.optimizers:
-            optimizer.state.clear()  # it lives in the server now
-        self._resumed = self._ended = None
+        return ParameterClient(endpoint, credentials, training.rank, self._transport, training.check_signals)
 
     def before_batch(self) -> None:
         """Let the time until the next push count as computing."""
@@ -130,6 +183,9 @@ class ServerUpdate(Update):
     def step(self, take: Callable[[], _T]) -> _T:
         """Run ``take``; a step that has pushed nothing (an overflow, no gradients) has done with its batches too."""
         batches = self._batches
+        if batches is not None and batches.manual:
+            batches.note_step()
+            return take()
         leases = () if batches is None else batches.leases
         result = take()
         if batches is not None and leases and batches.leases == leases:
@@ -138,6 +194,8 @@ class ServerUpdate(Update):
 
     def after_batch(self) -> None:
         """Pull the weights that other optimizers' losses may have needed until now."""
+        if self._batches is not None and self._batches.manual:
+            self._batches.end_batch()
         if self._exchange is not None:
             self._exchange.after_batch()
 
@@ -269,6 +327,8 @@ class ServerUpdate(Update):
             self._exchange.release()
         if self._client is not None and self._training is not None:
             self._training.others.leave(finished)
+        elif self._client is not None:  # it has joined, and could not begin
+            self._client.close(finished)
         if self._batches is not None:
             self._batches.release()
         self._exchange = self._client = self._control = self._training = self._batches = None
@@ -280,8 +340,9 @@ class ServerUpdate(Update):
     def _meet_and_pull(self, place: str, timeout_s: float = math.inf) -> None:
         assert self._control is not None
         assert self._training is not None
-        control, detail = self._control, f"step {self._training.module.trainer.global_step}"
-        self._training.others.guard(lambda: control.meet_and_pull(place, detail, timeout_s))
+        control, others = self._control, self._training.others
+        detail = f"step {self._training.module.trainer.global_step}"
+        others.guard(lambda: control.meet_and_pull(place, detail, timeout_s, others.region))
 
     def _check_meeting(self) -> None:
         if self._batches is not None and self._batches.amid_step:

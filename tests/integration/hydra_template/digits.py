@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
 from torchmetrics import MaxMetric, MeanMetric
@@ -95,6 +97,15 @@ class DigitsModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": watched}
 
 
+def load_digits() -> tuple[Tensor, Tensor]:
+    """Return scikit-learn's images and labels, without a second per process for importing it."""
+    package = importlib.util.find_spec("sklearn")
+    assert package is not None
+    assert package.origin is not None
+    rows = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    return torch.tensor(rows[:, :-1], dtype=torch.float32) / 16, torch.tensor(rows[:, -1], dtype=torch.long)
+
+
 class DigitsDataModule(L.LightningDataModule):
     """Splits 1797 images."""
 
@@ -105,8 +116,7 @@ class DigitsDataModule(L.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         if not self.parts:
-            images, labels = load_digits(return_X_y=True)
-            data = TensorDataset(torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(labels))
+            data = TensorDataset(*load_digits())
             self.parts = random_split(data, self.hparams.split, generator=torch.Generator().manual_seed(42))
 
     def train_dataloader(self) -> DataLoader[Any]:

@@ -45,7 +45,32 @@ def postpone_compiler() -> None:
     stand_in = sys.modules["torch._dynamo"]
     if not hasattr(stand_in, "__file__"):
         known = {"OptimizedModule": OptimizedModule, "trace_rules": SimpleNamespace(clear_lru_cache=_nothing)}
-        vars(stand_in).update(known)  # what Lightning asks for, and a process group that begins
+        vars(stand_in).update(known, utils=_Utils())  # what Lightning asks for, a process group that begins, and DDP
+        _postpone_its_determinism(sys.modules["torch"])
+
+
+def _postpone_its_determinism(torch: Any) -> None:
+    """Have nothing told to the compiler that it does by default: Lightning does, in each process that it spawns."""
+    whole = torch.use_deterministic_algorithms
+
+    def use_deterministic_algorithms(mode: bool, *, warn_only: bool = False) -> None:
+        if mode or "torch._inductor" in sys.modules:
+            whole(mode, warn_only=warn_only)
+        else:
+            torch._C._set_deterministic_algorithms(mode, warn_only=warn_only)
+
+    torch.use_deterministic_algorithms = use_deterministic_algorithms
+
+
+class _Utils:
+    """Stands for ``torch._dynamo.utils``."""
+
+    @staticmethod
+    def get_optimize_ddp_mode() -> str:
+        return "ddp_optimizer"  # the default
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module("torch._dynamo.utils"), name)
 
 
 class _Compiled(type):

@@ -10,7 +10,7 @@ from lightning_stale import events
 from lightning_stale.coordinator import messages as m
 from lightning_stale.coordinator.coordinator import Coordinator
 from lightning_stale.coordinator.leases import NONE_LEFT, EpochLeases, Grant, Plan
-from lightning_stale.paradigms import ASP, BSP, SSP, Paradigm
+from lightning_stale.paradigms import ASP, BSP, SSP, BoundedDelay, Paradigm
 
 
 def started(coordinator: Coordinator, members: int) -> None:
@@ -169,6 +169,79 @@ def test_a_lease_that_was_taken_back_is_refused_and_its_batch_granted_again() ->
     assert coordinator.handle(m.Request(0, 1, leases=(1,)), 5.5) == [m.Refused(0, 1)]
     over = Grant(NONE_LEFT, 2, 2, 1)
     assert coordinator.handle(m.Push(0, 1, leases=(2,), asks=True), 6.0) == [m.Released(0, 2, 0, over)]
+
+
+def test_gradients_that_are_kept_hold_nobody_up_who_keeps_them() -> None:
+    """With a delay of one, a worker that steps every third batch is granted three, and the other waits meanwhile."""
+    coordinator, plan = handing_out(BoundedDelay(1), 2), planned(4, 2)
+    assert coordinator.handle(m.Request(0, 1, plan=plan), 1.0) == [m.Granted(0, Grant(0, 0, 1, 0))]
+    assert coordinator.handle(m.Request(1, 1, plan=plan), 1.0) == []
+    for lease in (1, 2):
+        kept = tuple(range(lease))
+        assert coordinator.handle(m.Request(0, 1, kept=kept), 2.0) == [m.Granted(0, Grant(lease, lease, lease + 1, 0))]
+    push = m.Push(0, 1, leases=(0, 1, 2), commits=False)
+    assert not coordinator.refuses(push)
+    assert coordinator.is_new(push, 0)
+    assert coordinator.handle(push, 3.0) == [m.Released(0, 1, 1)]
+    assert coordinator.handle(m.Request(0, 1, leases=(0, 1, 2), steps=1), 4.0) == [
+        m.Granted(1, Grant(3, 3, 4, 1, (), 0, 1))
+    ]
+
+
+def keeping(lost: int | None = None) -> tuple[Coordinator, list[events.Event], list[m.Reply]]:
+    """Two workers keep the gradients of the only two batches; or one is lost once it has pushed both."""
+    recorded: list[events.Event] = []
+    coordinator, plan = handing_out(ASP(), 2, recorded.append), planned(4, 2)
+    for rank in (0, 1):
+        coordinator.handle(m.Request(rank, 1, plan=plan), 1.0)
+    for rank in (0, 1):
+        replies = coordinator.handle(m.Request(rank, 1, kept=(rank,)), 2.0)
+        assert [(reply.member, reply.grant.lease) for reply in replies] == [(rank, 2 + rank)]  # type: ignore[union-attr]
+    if lost is not None:
+        push = m.Push(lost, 1, leases=(lost, 2 + lost), commits=False)
+        assert coordinator.is_new(push, 0)
+        coordinator.handle(push, 3.0)
+        replies = coordinator.handle(m.Lose(lost, 1), 3.0)
+    else:
+        assert coordinator.handle(m.Request(0, 1, kept=(0, 2)), 3.0) == []
+        replies = coordinator.handle(m.Request(1, 1, kept=(1, 3)), 3.0)
+    return coordinator, recorded, replies
+
+
+def committed(recorded: list[events.Event]) -> list[int]:
+    return [event.lease for event in recorded if isinstance(event, events.Committed)]
+
+
+def test_gradients_that_are_kept_when_no_batch_is_left_wait_for_no_push() -> None:
+    _, recorded, replies = keeping()
+    over = Grant(NONE_LEFT, 4, 4, 2)
+    assert replies == [m.Granted(0, over), m.Granted(1, over)]
+    assert sorted(committed(recorded)) == [0, 1, 2, 3]
+
+
+def test_batches_in_one_push_are_trained_with_it_if_the_pusher_is_lost_right_after_it() -> None:
+    coordinator, recorded, replies = keeping(lost=1)
+    assert replies == []
+    assert committed(recorded) == [1, 3]
+    assert coordinator.handle(m.Request(0, 1, leases=(0, 2)), 4.0) == [m.Granted(0, Grant(NONE_LEFT, 4, 4, 2))]
+    assert sorted(committed(recorded)) == [0, 1, 2, 3]
+
+
+def test_kept_gradients_are_lost_with_who_keeps_them_and_not_at_a_meeting() -> None:
+    for message, trained, granted in (
+        (m.Lose(1, 1), [], [(4, 1)]),
+        (m.Arrive(1, 1, "a checkpoint"), [1], [(4, 3)]),
+    ):
+        recorded: list[events.Event] = []
+        coordinator, plan = handing_out(ASP(), 2, recorded.append), planned(4, 2)
+        for rank in (0, 1):
+            coordinator.handle(m.Request(rank, 1, plan=plan), 1.0)
+        for rank in (0, 1):
+            coordinator.handle(m.Request(rank, 1, kept=(rank,)), 2.0)
+        coordinator.handle(message, 3.0)
+        assert committed(recorded) == trained
+        replies = coordinator.handle(m.Request(0, 1, leases=(0, 2)), 4.0)
+        assert [(reply.grant.lease, reply.grant.first) for reply in replies] == granted  # type: ignore[union-attr]
 
 
 def test_a_push_that_asks_gets_its_grant_with_its_ok_once_the_gate_opens() -> None:
