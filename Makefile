@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test soak lint docs bench
+.PHONY: quickstart test soak faults lint docs bench
 
 quickstart: .venv/.installed
 	$(BIN)/python recipes/train.py -m experiment=digits trainer/strategy=ddp,bsp,ssp,dssp hydra.sweep.dir=outputs/quickstart
@@ -14,6 +14,9 @@ test: .venv/.installed
 
 soak: .venv/.installed
 	LIGHTNING_STALE_SOAK_EVENTS=1000000 $(BIN)/python -m pytest -s tests/unit/coordinator/test_machine.py
+
+faults: .venv/.installed
+	$(BIN)/python benchmarks/faults.py --faults 1000
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Join a fit that runs: ``python -m lightning_stale join HOST:PORT --secret FILE -- train.py ARGS...``."""
+"""``python -m lightning_stale run ... train.py``: again when it fails; ``join ... train.py``: a fit that runs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from lightning_stale.launchers.replacements import JOIN
+from lightning_stale.supervisor import become_supervisor
 from lightning_stale.transport import invitation, secret
 from lightning_stale.transport.introduction import Introduction
 from lightning_stale.transport.invitation import Invitation, NotInvitedError
@@ -17,12 +18,17 @@ from lightning_stale.transport.secret import SecretError
 
 def main(arguments: list[str] | None = None) -> None:
     """Find the fit, and become the script, which takes part in it as a further worker."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["run"]:
+        become_supervisor(given[1:])
     parser = argparse.ArgumentParser(
         "python -m lightning_stale",
         description="Join an elastic fit that runs (StaleSyncStrategy(elastic=True)) as a further worker, from this "
         "host or another one. Rank 0 prints the whole command when training starts.",
     )
-    join = parser.add_subparsers(dest="command", required=True).add_parser("join", help="join an elastic fit that runs")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("run", help="run a script, and again when it fails, from its newest checkpoint")
+    join = commands.add_parser("join", help="join an elastic fit that runs")
     join.add_argument("address", metavar="HOST:PORT", help="of rank 0, as it has printed it")
     join.add_argument(
         "--secret", type=Path, required=True, metavar="FILE", help="which lets in; only you may be able to read it"
@@ -35,7 +41,6 @@ def main(arguments: list[str] | None = None) -> None:
         help="which of the devices of this host that the script asks for to train on (default: the first)",
     )
     join.add_argument("script", nargs="+", metavar="train.py ARGS", help="or -m MODULE ARGS: the same as on rank 0")
-    given = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(given)
     try:
         environment = _environment(options.address, options.secret, options.local_rank)

@@ -12,7 +12,7 @@ import sys
 from lightning_stale.lifeline import serve_rank_0
 
 _PARENT = int(sys.argv[1])
-serve_rank_0(_PARENT)
+_begin_to_serve = serve_rank_0(_PARENT)
 
 import json
 import logging
@@ -32,6 +32,7 @@ def main() -> None:
     job = Job(**json.loads(line))
     socket = ServerSocket(job.host, job.server_keys, job.worker_key)
     try:
+        _begin_to_serve()
         print(socket.port, flush=True)
         service = Service(socket, Coordinator(job.members))
         service.run(lifeline=sys.stdin.fileno(), orphaned=lambda: os.getppid() != _PARENT)

@@ -8,16 +8,22 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_stale.failures import RunFailedError
 from lightning_stale.launchers.hydra.job import arrive, current_job
 from lightning_stale.launchers.replacements import Replacements
+from lightning_stale.lifeline import end_with
 from lightning_stale.private import of_launchers, of_torch
 from lightning_stale.private.of_launchers import SubprocessScriptLauncher
 
 _DEATH_S = 10.0
 """A connection breaks a moment before the process that held it has ended."""
+_STARTER = "LIGHTNING_STALE_RANK_0"
+"""The process id of the script that has started ranks."""
+_GRACE_S = 7.0
+"""A rank that is connected hears of rank 0's end, and ends with an error that says so."""
 
 _of_this_process: Replacements | None = None
 """Of the ranks that a script has started, in whichever fit of it."""
@@ -122,6 +128,8 @@ def launch(
         RunFailedError: if a rank is lost.
     """
     job, elastic = current_job(), isinstance(launcher, ScriptLauncher) and _is_elastic(trainer)
+    if job is None:
+        _end_with_rank_0(launcher)
     environment, num_processes = launcher.cluster_environment, launcher.num_processes
     if job is None and not elastic:
         return of_launchers.lightnings_launch(launcher, function, *args, trainer=trainer, **kwargs)
@@ -158,3 +166,24 @@ def launch(
         if lost is None:
             raise
         raise RunFailedError("error", f"{lost}; what it printed stands above") from error
+
+
+def _end_with_rank_0(launcher: SubprocessScriptLauncher) -> None:
+    """Let no rank outlive rank 0 in a rendezvous, which takes minutes to find that nobody comes."""
+    if not launcher.cluster_environment.creates_processes_externally:
+        os.environ[_STARTER] = str(os.getpid())
+        return
+    starter = int(os.environ.pop(_STARTER, 0)) if launcher.cluster_environment.local_rank() > 0 else 0
+    if starter and (os.getppid() == starter or _is_gone(starter)):  # and not what one of its children has started
+        says = "rank 0 has ended before this rank, which waited for it, had found it: this one ends too"
+        end_with(starter, grace_s=_GRACE_S, says=says, stops=torch.distributed.is_initialized)
+
+
+def _is_gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # somebody else's has its number
+        return True
+    return False

@@ -15,7 +15,7 @@ import sys
 from lightning_stale.lifeline import serve_rank_0
 
 _PARENT = int(sys.argv[1])
-serve_rank_0(_PARENT)
+_begin_to_serve = serve_rank_0(_PARENT)
 gc.disable()  # until all is imported: it would walk through that dozens of times, and find nothing
 
 import logging
@@ -88,6 +88,7 @@ def main() -> None:
         print(" ".join(f"{type(error).__name__}: {error}".split()), file=answer, flush=True)
         raise
     del job
+    _begin_to_serve()
     print(socket.port, file=answer, flush=True)
     answer.close()
     try:

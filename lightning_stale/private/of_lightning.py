@@ -53,6 +53,20 @@ def note_device(module: LightningModule, device: torch.device) -> None:
     module._device = device
 
 
+def resume_from(trainer: Trainer, path: str) -> None:
+    """Let the run that the Trainer is about to set up resume from ``path``, a file of its own, whatever it was told.
+
+    Only the first checkpoint is another one: a LearningRateFinder restores its own while it tries.
+    """
+    connector = trainer._checkpoint_connector
+
+    def resume_start(*_: Any, **__: Any) -> None:
+        undo()
+        connector.resume_start(path, weights_only=False)
+
+    undo = replace(connector, "resume_start", resume_start)
+
+
 def averaged_models(trainer: Trainer) -> list[AveragedModel]:
     """Return the averages of the model that Lightning's callbacks hold."""
     found = [c._average_model for c in callbacks(trainer) if isinstance(c, WeightAveraging)]

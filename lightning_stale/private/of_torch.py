@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib
+import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -131,3 +136,65 @@ def is_view(tensor: Tensor) -> bool:
 def uncoalesced(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """Return indices and values of a sparse tensor as they are: the same index may come twice."""
     return tensor._indices(), tensor._values()
+
+
+def torchruns_folder() -> Path | None:
+    """Return the folder that torchrun has made for this run, which all of its attempts share.
+
+    What a worker is told of it is a file three levels below: ``attempt_0/0/error.json``.
+    """
+    told = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+    folder = Path(told).parent.parent.parent
+    return folder if told and folder.is_dir() and os.access(folder, os.W_OK) else None
+
+
+@contextlib.contextmanager
+def keys_of_this_attempt() -> Iterator[None]:
+    """Let a process group that is made here find none of what torchrun's attempt before this one has left.
+
+    The agent's store, of torch 2.5 and later, outlives its workers where the rendezvous is static, which is the default
+    for one host: gloo takes the addresses of those that are dead, and waits for them. On several hosts the agents count
+    their attempts by themselves, and could differ.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        yield
+        return
+    module: Any = importlib.import_module("torch.distributed.rendezvous")
+    make = module._create_c10d_store
+
+    def make_with_prefix(*args: Any, **kwargs: Any) -> Store:
+        return PrefixStore(f"attempt_{attempt}", make(*args, **kwargs))
+
+    module._create_c10d_store = make_with_prefix
+    try:
+        yield
+    finally:
+        module._create_c10d_store = make
+
+
+_forking = 0  # the process that has forked this one
+
+
+def _note_who_forks() -> None:
+    global _forking
+    _forking = os.getpid()
+
+
+@functools.cache
+def end_loaders_with_their_process() -> None:
+    """Let processes of a DataLoader that are forked from now on end with the one that has forked them.
+
+    They look for it by the number of their parent, which they ask for once they have come to work. If it has died by
+    then, they take the system's first process for it, and stay for ever.
+    """
+    module: Any = importlib.import_module("torch.utils.data._utils.worker")
+    watchdog: Any = module.ManagerWatchdog
+
+    class Watchdog(watchdog):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.manager_pid = _forking or os.getppid()
+
+    os.register_at_fork(before=_note_who_forks)
+    module.ManagerWatchdog = Watchdog

@@ -16,6 +16,7 @@ from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -26,7 +27,7 @@ from torch.optim import Optimizer
 from lightning_stale.events import Recorder
 from lightning_stale.launchers import ScriptLauncher, SummaryLauncher
 from lightning_stale.launchers.hydra.job import current_job, destroy_process_group
-from lightning_stale.private import of_lightning, of_torchmetrics
+from lightning_stale.private import of_lightning, of_torch, of_torchmetrics
 from lightning_stale.strategies import checkpoint_entries
 from lightning_stale.strategies.buffers import UntrainedState
 from lightning_stale.strategies.checks import (
@@ -43,6 +44,7 @@ from lightning_stale.strategies.hosted_process import HostedProcess
 from lightning_stale.strategies.meeting_points import MeetingPoints
 from lightning_stale.strategies.other_ranks import OtherRanks, log_signal
 from lightning_stale.strategies.present import Present
+from lightning_stale.strategies.restart import SavedCheckpoints, begin_fit, is_supervised, where_to_go_on
 from lightning_stale.strategies.updates.update import Training, Update
 from lightning_stale.strategies.validation import Validation
 from lightning_stale.strategies.wrong_package import refuse_environment
@@ -112,6 +114,7 @@ class StaleStrategy(DDPStrategy):
         self._undo_setup: list[Callable[[], object]] = []
         self._untrained: UntrainedState | None = None
         self._recorder = Recorder()  # of what happens on this rank
+        self._saved: SavedCheckpoints | None = None  # by the fit that runs, or has run last
 
     @abstractmethod
     def summary(self) -> dict[str, Any]:
@@ -159,6 +162,8 @@ class StaleStrategy(DDPStrategy):
 
     def check_before_launch(self, trainer: Trainer) -> None:
         """Refuse what no rank could run before any of them is started; :meth:`setup` checks it all again."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._saved = begin_fit(self.lightning_module)
         if trainer.state.fn == TrainerFn.FITTING and self.lightning_module is not None:
             check_trainer(trainer)
             check_batch_norm(self.lightning_module, of_lightning.synchronizes_batch_norm(self))
@@ -177,9 +182,19 @@ class StaleStrategy(DDPStrategy):
                 secret.check(self.num_nodes)
             if self.node_rank == 0 and self.local_rank == 0:
                 self._host.prepare()
-        super().setup_environment()
+        of_torch.end_loaders_with_their_process()
+        with of_torch.keys_of_this_attempt():
+            super().setup_environment()
         atexit.unregister(destroy_process_group)
         atexit.register(destroy_process_group)
+        self._go_on_after_restart()
+
+    def _go_on_after_restart(self) -> None:
+        trainer = self._require_trainer()
+        if trainer.state.fn == TrainerFn.FITTING and is_supervised():
+            path = where_to_go_on(self._saved if self.is_global_zero else None, self.broadcast)
+            if path is not None:
+                of_lightning.resume_from(trainer, path)
 
     def setup(self, trainer: Trainer) -> None:
         """Check, set up, and take the collectives out of the batches."""
@@ -332,7 +347,16 @@ class StaleStrategy(DDPStrategy):
         """Save an ordinary Lightning checkpoint, with an entry of the update's."""
         if self._entry is not None and self.is_global_zero:
             checkpoint_entries.write(checkpoint, self._entry, self._update.state_dict)
-        super().save_checkpoint(checkpoint, filepath, storage_options)
+        with self._noting(checkpoint, filepath):
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def _noting(self, checkpoint: Mapping[str, Any], path: Any) -> AbstractContextManager[None]:
+        """Return what a checkpoint is saved in, so that a restart finds it: one that is whole, of a sound run."""
+        can_resume = "optimizer_states" in checkpoint and not self._is_interrupted()
+        if self._saved is None or not self.is_global_zero or not can_resume:
+            return nullcontext()
+        returns_early = isinstance(self.checkpoint_io, AsyncCheckpointIO)
+        return self._saved.saving(path, checkpoint["global_step"], returns_early)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load the optimizers' states, and what the update goes on from, if the checkpoint has it."""

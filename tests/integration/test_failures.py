@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.integration.harness import PLAIN, Worker, script, signal_test, wait_for_file, workers
+from tests.integration.harness import PLAIN, Worker, run_script, script, signal_test, wait_for_file, workers
 from tests.integration.models import Regression, loader, trainer
 
 ENDLESS = {"max_epochs": -1}
@@ -82,7 +82,9 @@ def assert_failed(worker: Worker, *texts: str) -> None:
 # --- killed processes -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", ["bsp", "asp", tcp("dssp")], ids=["bsp", "asp", "dssp-tcp"])
+@pytest.mark.parametrize(
+    "strategy", ["bsp", "asp", "bounded-delay", tcp("dssp")], ids=["bsp", "asp", "bounded-delay", "dssp-tcp"]
+)
 def test_every_worker_names_the_server_when_it_is_killed(strategy: Any, tmp_path: Path) -> None:
     with workers(train, 2, tmp_path, tmp_path, strategy) as group:
         under_way(group)
@@ -103,7 +105,7 @@ def test_the_others_name_a_worker_that_is_killed(killed: int, strategy: Any, num
     with workers(train, 2, tmp_path, tmp_path, strategy, num_workers=num_workers) as group:
         group.wait_for(f"second-epoch-{killed}")
         os.kill(group.pid(killed), signal.SIGKILL)
-        ended = group.join(timeout=30)
+        ended = group.join(timeout=10)
         assert ended[killed].exitcode == -signal.SIGKILL
         assert_failed(ended[1 - killed], "RunFailedError", f"rank {killed}")
 
@@ -309,3 +311,33 @@ def test_a_signal_ends_a_script(signum: int, to: str, returncodes: Any, said: st
     assert any(text in output for text in said.format(child.pid).split("|")), output
     if signum != signal.SIGKILL:
         assert "Traceback" not in output
+
+
+LOST_RENDEZVOUS = """
+import os
+import signal
+from pathlib import Path
+
+from lightning_stale import StaleSyncStrategy
+from tests.integration.harness import wait_for_file
+from tests.integration.models import Regression, loader, trainer
+
+
+class Dying(StaleSyncStrategy):
+    def setup_environment(self):
+        if self.local_rank == 0:
+            wait_for_file(Path("rank-1"))
+            os.kill(os.getpid(), signal.SIGKILL)
+        Path("rank-1").touch()
+        super().setup_environment()
+
+
+trainer(2, Dying(), max_epochs=1).fit(Regression(), loader())
+"""
+
+
+def test_a_rank_does_not_wait_for_a_rank_0_that_dies_before_they_have_found_each_other(tmp_path: Path) -> None:
+    """The harness waits 10 s for what is left; torch's rendezvous, 10 minutes."""
+    ended = run_script(LOST_RENDEZVOUS, tmp_path, env=PLAIN)
+    assert ended.returncode == -signal.SIGKILL
+    assert "rank 0 has ended before this rank" in ended.output

@@ -461,7 +461,7 @@ def test_the_other_names_a_worker_that_is_killed(killed: int, interval: Any, tmp
     with workers(train, 2, tmp_path, tmp_path, HPSGDStrategy(interval=interval)) as group:
         under_way(group)
         os.kill(group.pid(killed), signal.SIGKILL)
-        ended = group.join(timeout=30)
+        ended = group.join(timeout=10)
     assert ended[killed].exitcode == -signal.SIGKILL
     assert_failed(ended[1 - killed], f"RunFailedError: rank {killed}")
 

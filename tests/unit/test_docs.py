@@ -56,6 +56,9 @@ def check_command(words: list[str], folder: Path) -> None:
         case ["python", "app.py", *arguments]:
             for overrides in jobs(arguments):
                 check_config(compose_app(folder, overrides))
+        case ["python", "-m", "lightning_stale", "run", "--max-restarts", count, script, *_]:
+            assert count.isdigit()
+            assert script == "train.py", "the reader's"
         case ["python", "recipes/compare.py", "outputs/quickstart" | "outputs/2026-01-31/12-00-00"]:
             pass
         case [program, *_] if program in NOT_OURS:

@@ -29,11 +29,12 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "lightning_stale"
 
 LAYERS = [
-    {"private", "elastic", "failures", "lifeline", "topology"},  # leaves
+    {"private", "elastic", "failures", "lifeline", "supervisor", "topology"},  # leaves
     {"paradigms"},
     {"coordinator", "transport", "events"},
     {"parameter_server", "averaging", "data", "pipeline", "launchers"},
     {"strategies", "callbacks"},
+    {"__main__"},
 ]
 """From below. A package may import those of layers below its own; of its own layer, those that SIBLINGS names."""
 
@@ -52,6 +53,7 @@ MAY_IMPORT = {  # of the rest of the world, besides Python's own modules; who is
     "events": set[str](),
     "failures": set[str](),
     "lifeline": set[str](),
+    "supervisor": set[str](),
     "coordinator": {"msgpack", "zmq"},
 }
 PURE = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -45,8 +46,8 @@ def start(arguments: str, then: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_for_the_end_of(pid: int) -> None:
-    deadline = time.monotonic() + 60
+def wait_for_the_end_of(pid: int, timeout: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout
     while Path(f"/proc/{pid}").exists() and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -74,3 +75,81 @@ def test_a_process_ends_when_its_parent_lets_go_of_it() -> None:
 
 def test_the_main_thread_has_time_to_tell_the_workers_and_the_kernel_waits_longer() -> None:
     assert 3.0 <= GRACE_S < 16
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_one_that_need_not_end_with_its_parent_does_not(stops: bool, tmp_path: Path) -> None:
+    child = start(f"grace_s=0.2, says='too late', stops=lambda: {stops}", "ends")
+    assert child.stdout is not None
+    pid = int(child.stdout.readline())
+    if stops:
+        child.wait(timeout=60)
+        with pytest.raises(AssertionError):
+            wait_for_the_end_of(pid, timeout=2.0)
+        os.kill(pid, signal.SIGKILL)
+    _, errors = child.communicate(timeout=60)
+    wait_for_the_end_of(pid)
+    assert ("ERROR: too late" in errors) != stops
+
+
+@pytest.mark.parametrize("how", ["closed", "full"])
+def test_it_ends_though_nobody_reads_what_it_says(how: str, tmp_path: Path) -> None:
+    """Standard error is a pipe without a reader, or one that its reader leaves full."""
+    (tmp_path / "pid").touch()
+    child = f"""
+import os, sys
+from lightning_stale.lifeline import end_with
+end_with(os.getppid(), sys.stdin.fileno(), grace_s=0.1)
+open({str(tmp_path / "pid")!r}, "w").write(str(os.getpid()))
+print("there", flush=True)
+if {how!r} == "full":
+    os.set_blocking(2, False)
+    try:
+        while True:
+            os.write(2, bytes(4096))
+    except BlockingIOError:
+        os.set_blocking(2, True)
+while True:
+    pass
+"""
+    reader, writer = os.pipe()
+    parent = subprocess.Popen(
+        [*PYTHON, "-c", PARENT, child, "stays"],
+        stdout=subprocess.PIPE,
+        stderr=writer,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    os.close(writer)
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == b"there\n"
+    if how == "closed":
+        os.close(reader)
+    parent.kill()
+    parent.communicate(timeout=60)
+    wait_for_the_end_of(int((tmp_path / "pid").read_text()))
+    if how == "full":
+        os.close(reader)
+
+
+def test_one_that_does_not_serve_yet_ends_at_once_and_says_nothing() -> None:
+    """Unlike one that serves, which has others to tell: here each would stay for ever, if it were not ended."""
+    child = "\n".join(
+        (
+            "import os, sys, time",
+            "from lightning_stale import lifeline",
+            "lifeline.GRACE_S = 3600.0",
+            "lifeline.serve_rank_0(os.getppid())",
+            "print(os.getpid(), flush=True)",
+            "time.sleep(3600)",
+        )
+    )
+    parent = subprocess.Popen(
+        [*PYTHON, "-c", PARENT, child, "ends"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    said, errors = parent.communicate(timeout=60)
+    wait_for_the_end_of(int(said))
+    assert errors == ""

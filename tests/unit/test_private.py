@@ -287,3 +287,31 @@ def test_lightning_asks_the_strategy_for_what_becomes_of_the_model_before_optimi
     assert calls == ["model", "optimizers"]
     trainer.validate(Watching(), verbose=False)
     assert calls == ["model", "optimizers", "model"]
+
+
+def test_a_run_resumes_from_what_it_was_not_told_once(tmp_path: Path) -> None:
+    """Whether the script names a checkpoint or not; also one with more in it than weights, as hyper-parameters are."""
+
+    class Told(BoringModel):
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            loaded.append(checkpoint["name"])
+
+        def setup(self, stage: str) -> None:
+            if stage == "fit":
+                of_lightning.resume_from(self.trainer, str(tmp_path / "newest.ckpt"))
+
+    loaded: list[str] = []
+    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "max_steps": 0}
+    saver = Trainer(**options)
+    saver.fit(BoringModel())
+    for name in ("told", "newest"):
+        saver.save_checkpoint(tmp_path / f"{name}.ckpt")
+        content = torch.load(tmp_path / f"{name}.ckpt", weights_only=False)
+        torch.save({**content, "name": name, "more": object if name == "newest" else 0}, tmp_path / f"{name}.ckpt")
+    for told in (None, tmp_path / "told.ckpt"):
+        trainer = Trainer(**options)
+        trainer.fit(Told(), ckpt_path=told)
+        assert loaded.pop() == "newest"
+        assert trainer.ckpt_path == str(tmp_path / "newest.ckpt")
+        trainer._checkpoint_connector.resume_start(tmp_path / "told.ckpt")
+        assert trainer.ckpt_path == tmp_path / "told.ckpt", "as LearningRateFinder's own"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import os
+import signal
+import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from lightning import Trainer
@@ -115,6 +120,93 @@ def test_a_launcher_knows_how_it_starts_ranks(strategy: str, forks: bool) -> Non
     trainer = Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False, enable_checkpointing=False)
     assert isinstance(trainer.strategy.launcher, of_launchers.MultiProcessingLauncher)
     assert of_launchers.forks(trainer.strategy.launcher) is forks
+
+
+def test_an_attempt_of_torchruns_finds_nothing_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The agent's store is that of all attempts, on one host and with a static rendezvous."""
+    agent = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {"TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_WORLD_SIZE": "1", "RANK": "0", "WORLD_SIZE": "1"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.port)}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+    def store(attempt: int) -> Any:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        with of_torch.keys_of_this_attempt():
+            return next(torch.distributed.rendezvous("env://"))[0]
+
+    store(0).set("address", "of the first")
+    assert agent.check(["address"])
+    second = store(1)
+    assert not second.check(["address"])
+    second.set("address", "of the second")
+    assert store(1).get("address") == b"of the second"
+    assert not store(2).check(["address"])
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    assert store(2).get("address") == b"of the first"
+
+
+def test_torchrun_has_a_folder_for_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All attempts of a run are told of a file in it; another run has another one."""
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
+
+    def folder(logs: DefaultLogsSpecs, attempt: int) -> Path | None:
+        environment = {0: {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": str(attempt)}}
+        logs.reify(environment)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", environment[0]["TORCHELASTIC_ERROR_FILE"])
+        return of_torch.torchruns_folder()
+
+    logs = DefaultLogsSpecs(str(tmp_path))
+    first = folder(logs, 0)
+    assert first is not None
+    assert first == folder(logs, 1) == folder(logs, 2)
+    assert first.parent == tmp_path
+    assert folder(DefaultLogsSpecs(str(tmp_path)), 0) != first
+    assert folder(DefaultLogsSpecs(os.devnull), 0) is None
+
+
+LOADER = """
+import os, signal, sys, time
+from pathlib import Path
+from torch.utils.data import DataLoader
+from lightning_stale.private import of_torch
+
+def come_to_work(worker):
+    Path("worker").write_text(str(os.getpid()))
+    while not Path("go-on").exists():
+        time.sleep(0.05)
+
+if sys.argv[1] == "ends":
+    of_torch.end_loaders_with_their_process()
+iterator = iter(DataLoader([1, 2, 3], num_workers=1, worker_init_fn=come_to_work, multiprocessing_context="fork"))
+while not Path("worker").exists() or not Path("worker").read_text():
+    time.sleep(0.05)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux")
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_loaders_process_ends_though_its_own_has_died_before_it_came_to_work(ends: bool, tmp_path: Path) -> None:
+    """Without us it does not: then this is not needed any more."""
+    process = subprocess.run(
+        [sys.executable, "-c", LOADER, "ends" if ends else "stays"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        timeout=120,
+    )
+    assert process.returncode == -signal.SIGKILL
+    worker = psutil.Process(int((tmp_path / "worker").read_text()))
+    try:
+        (tmp_path / "go-on").touch()
+        if ends:
+            worker.wait(timeout=60)
+        else:
+            with pytest.raises(psutil.TimeoutExpired):
+                worker.wait(timeout=12)  # it looks every 5 s
+    finally:
+        with contextlib.suppress(psutil.Error):
+            worker.kill()
 
 
 def test_a_default_group_can_be_made_anew_over_the_same_store(tmp_path: Path) -> None:
