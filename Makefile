@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: quickstart test soak lint docs bench
 
 quickstart: .venv/.installed
-	$(BIN)/python recipes/train.py -m experiment=digits trainer/strategy=ddp,bsp,ssp,dssp hydra.sweep.dir=outputs/quickstart
+	$(BIN)/python recipes/train.py -m experiment=digits trainer/strategy=ddp,ssp,dssp,bounded-delay hydra.sweep.dir=outputs/quickstart
 	$(BIN)/python recipes/compare.py outputs/quickstart
 
 # More processes than cores: half of the time of two of them was waiting, for processes that start, hang or are killed.
