@@ -6,6 +6,7 @@ stay real. An epoch is measured, from the end of the warm-up to the end of the l
 
 - equal: all workers are;
 - unequal: rank 0 is 2.3 times slower, for good;
+- hiccups: each is 5 times slower in 15 % of its steps, all in the same number of them;
 - se, ar: the step times of two real jobs (recipes/traces/README.md), scaled to 20 ms: jitter of every step, and one
   worker slow for good. The layer takes 10 ms of each step, StragglerInjection the rest.
 
@@ -23,11 +24,12 @@ import argparse
 import itertools
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,15 +41,17 @@ from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lightning_stale import StaleSyncStrategy, StragglerInjection
+from lightning_stale import StaleSyncStrategy, StepTrace, StragglerInjection
 from recipes.traces import real_job
 
 STEP_S, WORKERS, SLOW_FACTOR = 0.020, 4, 2.3
 BASE_S = 0.010  # of a step of a trace, in the layer
 SCALES = {"se": 0.02 / 6.1, "ar": 0.02 / 20.0}
+TRACED = ("hiccups", *SCALES)
 CASES = {
     "equal": "equal workers, 20 ms a step",
     "unequal": f"workers, one {SLOW_FACTOR} times slower",
+    "hiccups": "workers, each 5 times slower in 15 % of its steps",
     "se": "workers of SE: jitter in every step",
     "ar": "workers of AR: one slow for good",
 }
@@ -62,6 +66,7 @@ def server(paradigm: str, data: str) -> Callable[[], StaleSyncStrategy]:
 STRATEGIES: dict[str, Callable[[], Any]] = {
     "ddp": lambda: "ddp",
     "local SGD": LocalSGD,
+    "hpsgd": lambda: "hpsgd",
     "bsp": server("bsp", "shards"),
     "ssp": server("ssp", "shards"),
     "dssp": server("dssp", "shards"),
@@ -110,11 +115,25 @@ class Measured:
 
 def work(case: str, worker: int, devices: int) -> tuple[float, list[Any]]:
     """Return what ``worker`` has to do in a step, with ``devices`` in its run: the layer's time, and callbacks."""
-    if case not in SCALES:
+    if case not in TRACED:
         return STEP_S * (SLOW_FACTOR if case == "unequal" and worker == 0 else 1.0), []
     workers = range(WORKERS) if devices > 1 else [worker]
-    trace = real_job(case.upper(), scale=SCALES[case], workers=workers)
+    trace = real_job(case.upper(), scale=SCALES[case], workers=workers) if case in SCALES else hiccups(workers)
     return BASE_S, [StragglerInjection(trace=trace, step_s=BASE_S)]
+
+
+def hiccups(workers: Sequence[int]) -> StepTrace:
+    """Return steps of 20 ms, of which 3 in each 20 take 100 ms: which ones is drawn for each worker."""
+    rows = ["job,worker,stage,step,compute_s"]
+    for worker in range(WORKERS):
+        draw = random.Random(worker)
+        for begin in range(0, 1000, 20):
+            slow = draw.sample(range(20), 3)
+            rows += [f"hiccups,{worker},0,{begin + n},{STEP_S * (5 if n in slow else 1)}" for n in range(20)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "steps.csv"
+        path.write_text("\n".join(rows))
+        return StepTrace(path, workers=workers)
 
 
 def _rank() -> int:
@@ -125,7 +144,7 @@ def _run_alone(arguments: argparse.Namespace) -> list[Measured]:
     """One process: each worker's steps in turn, with nobody beside it."""
     results = []
     for case in arguments.cases:
-        for worker in range(WORKERS) if case in SCALES else (0, 1):  # the others are as number 1
+        for worker in range(WORKERS) if case in TRACED else (0, 1):  # the others are as number 1
             step_s, callbacks = work(case, worker, 1)
             ends, _ = epoch("auto", arguments.steps, step_s, 1, callbacks)
             results.append(Measured(case, str(worker), [ends]))
@@ -175,7 +194,7 @@ def rows(case: str, names: list[str], alone: list[list[float]], measured: list[l
         if name != ALONE:
             row.also["waiting"] = f"{statistics.median(waiting):.0%}"
         workers = [worker for one in found for worker in one.summary.get("workers", ())]
-        if workers:
+        if workers and "mean_staleness" in workers[0]:
             mean = statistics.mean(worker["mean_staleness"] for worker in workers)
             row.also["staleness (max)"] = f"{mean:.1f} ({max(worker['max_staleness'] for worker in workers)})"
         table.append(row)
@@ -214,7 +233,7 @@ def main() -> None:
     for repetition in range(1, arguments.repetitions + 1):
         single = {(one.case, one.name): BATCH / one.rate for one in _launch("alone", repetition, arguments)}
         for case, repetitions in alone.items():
-            repetitions.append([single[case, str(rank if case in SCALES else min(rank, 1))] for rank in range(WORKERS)])
+            repetitions.append([single[case, str(rank if case in TRACED else min(rank, 1))] for rank in range(WORKERS)])
         together.append(_launch("together", repetition, arguments))
     for case in arguments.cases:
         title = f"{WORKERS} {CASES[case]}"
