@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-MARKED = re.compile(r"^(<!-- results: (\S+) -->\n)(?:\|.*\n)*", re.MULTILINE)
+MARKED = re.compile(r"^(<!-- results: (\S+) -->\n\n)(?:\|.*\n)*", re.MULTILINE)
 LIMIT, ON_DEMAND = "sum of the workers' own rates", ", on demand"
 
 KINDS = {
@@ -36,6 +36,8 @@ WHICH = {  # strategy: its page, and its row in the results of workers.py and of
     "hpsgd": ("hpsgd.md", "hpsgd", "hpsgd"),
     "dsp": ("dsp.md", None, None),
 }
+PIPELINES = {"equal": "pipeline_equal", "hiccups": "pipeline_stragglers"}
+DSP = "DSP, m = 2(K-1-k), no recompute"
 DEATHS: dict[str, str] = {}  # strategy: what benchmarks/faults.py has found; GAP until then
 GAP = "?"
 
@@ -47,8 +49,9 @@ def rows(name: str) -> dict[str, dict[str, Any]]:
 
 def table(header: list[str], body: list[list[str]]) -> str:
     """Return a table in Markdown."""
-    lines = [header, ["---"] * len(header), *body]
-    return "".join(f"| {' | '.join(cells)} |\n".replace("|  |", "| |") for cells in lines)
+    lines = [[f" {cell} ".replace("  ", " ") for cell in cells] for cells in (header, *body)]
+    lines.insert(1, ["---"] * len(header))
+    return "".join(f"|{'|'.join(cells)}|\n" for cells in lines)
 
 
 def workers(case: str) -> str:
@@ -83,7 +86,7 @@ def which() -> str:
     body = []
     for strategy, (page, row, on_slow_network) in WHICH.items():
         name = f'`"{strategy}"`' if page is None else f'[`"{strategy}"`](docs/{page})'
-        cells = [""] * len(KINDS)
+        cells = [f"{rows(PIPELINES[case])[DSP]['median']:.2f}" if case in PIPELINES else "" for case in KINDS]
         if row is not None:
             ratios = {case: shares[case][row]["ratio"] for case in KINDS}
             cells = [f"**{r:.2f}**" if r > best[case] - 0.02 else f"{r:.2f}" for case, r in ratios.items()]
