@@ -124,6 +124,7 @@ def draw(runs: dict[str, Run], path: Path) -> None:
                 seconds, accuracy = zip(*run.curve, strict=True)
                 axes.plot(seconds, [100 * a for a in accuracy], linewidth=2, markersize=6, label=name)
         axes.set(xlabel="time (s)", ylabel="validation accuracy (%)", xlim=(0, None))
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=160)
