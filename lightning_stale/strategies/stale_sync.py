@@ -192,13 +192,11 @@ class StaleSyncStrategy(JoinableStrategy):
         return super().distributed_sampler_kwargs
 
     def _grants_batches(self) -> bool:
-        if not self._require_trainer().training:
-            return False
-        if self.elastic is not None:
-            return True
         by_itself = isinstance(self.paradigm, (ASP, BoundedDelay))
         wanted = self.data == "on-demand" or (self.data == "auto" and by_itself)
-        return wanted and self.topology.world_size > 1
+        if self.elastic is None and (not wanted or self.topology.world_size == 1):
+            return False
+        return self._require_trainer().training
 
     def process_dataloader(self, dataloader: object) -> object:
         """Let the training loader have the batches that this worker is granted, or its shard."""

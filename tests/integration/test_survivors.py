@@ -129,7 +129,7 @@ class Averaged(WeightAveraging):
     """Validates with averaged weights, whose sign tells them from those that train."""
 
     def __init__(self) -> None:
-        super().__init__(avg_fn=lambda averaged, current, count: -current.abs())
+        super().__init__(avg_fn=lambda averaged, current, count: current.abs())
         self.signs: set[float] = set()
 
     def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
@@ -241,8 +241,8 @@ def test_what_a_callback_has_swapped_for_a_validation_that_is_broken_off_is_swap
     ended = run(tmp_path, "a step", 1, "asp", **options)
     check_validations(ended)
     for worker in ended:
-        assert worker.result["signs"] == {-1.0}, "that of the averages, in the validation that was begun anew too"
-        assert torch.allclose(worker.result["pages"], torch.full((SAMPLES,), 3.0))
+        assert worker.result["signs"] == {1.0}, "that of the averages, in the validation that was begun anew too"
+        assert torch.allclose(worker.result["pages"], torch.full((SAMPLES,), -3.0)), "fit ends with the averages"
 
 
 def test_a_worker_that_hangs_in_a_validation_is_given_up(tmp_path: Path) -> None:
