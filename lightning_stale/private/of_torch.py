@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import Store, _abort_process_group, _get_default_store
+from torch.distributed.distributed_c10d import PrefixStore, Store, _abort_process_group, _get_default_store
 from torch.optim import Optimizer
 from torch.utils._pytree import SUPPORTED_NODES
 from torch.utils._pytree import tree_map as tree_map
@@ -79,6 +81,28 @@ def registered_node(kind: type) -> Node | None:
 def rendezvous_store() -> Store:
     """Return the key-value store over which the ranks have found each other."""
     return _get_default_store()
+
+
+def shared_store() -> Store:
+    """Return the same without the prefix of a process group: whichever group a rank is in, it is one for all."""
+    store = rendezvous_store()
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    return store
+
+
+def form_default_group(backend: str, store: Store, prefix: str, index: int, size: int, timeout: timedelta) -> None:
+    """Make the default process group anew, where there is none, over keys of ``store`` that begin with ``prefix``.
+
+    torch prefixes the tracebacks of a process with its rank in each group that it makes; the first prefix stays.
+    """
+    hook = sys.excepthook
+    try:
+        torch.distributed.init_process_group(
+            backend, store=PrefixStore(prefix, store), rank=index, world_size=size, timeout=timeout
+        )
+    finally:
+        sys.excepthook = hook
 
 
 def abort_collectives() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any, Literal, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -86,6 +87,8 @@ class StaleSyncStrategy(StaleStrategy):
             raise ValueError(f"data={data!r} is unknown: write 'auto', 'on-demand' or 'shards'")
         self.data = data
         self.elastic = as_elastic(elastic)
+        if self.elastic is not None:
+            self._patience = timedelta(seconds=self.elastic.patience_s)
         self._check_elastic(kwargs.get("start_method", "popen"))
         self._update: ServerUpdate
         gate = as_paradigm(paradigm)
@@ -193,7 +196,7 @@ class StaleSyncStrategy(StaleStrategy):
         if self.elastic is not None:
             return True
         wanted = self.data == "on-demand" or (self.data == "auto" and isinstance(self.paradigm, BoundedDelay))
-        return wanted and self.world_size > 1
+        return wanted and self.topology.world_size > 1
 
     def process_dataloader(self, dataloader: object) -> object:
         """Let the training loader have the batches that this worker is granted, or its shard."""
@@ -204,8 +207,8 @@ class StaleSyncStrategy(StaleStrategy):
         if reason is None:
             loader = cast(DataLoader[Any], dataloader)
             prefetch = loader.num_workers * (loader.prefetch_factor or 0)
-            next_batch = self._update.hand_out_batches(trainer, self.world_size, prefetch)
-            return OnDemandLoader(loader, self.world_size, next_batch)
+            workers = self.topology.world_size  # an epoch is as long as it began, whoever is lost
+            return OnDemandLoader(loader, workers, self._update.hand_out_batches(trainer, workers, prefetch))
         if self.elastic is not None:
             raise MisconfigurationException(
                 f"elastic={self.elastic!r} hands out batches, so that none is lost with a worker, but {reason}: write "
