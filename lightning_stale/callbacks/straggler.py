@@ -61,6 +61,7 @@ class StragglerInjection(Callback):
         self.slowdown = slowdown
         self.step_s = step_s
         self.seed = seed
+        self._rank = 0
         self._random: dict[int, random.Random] = {}
         self._started = 0.0
 
@@ -80,6 +81,7 @@ class StragglerInjection(Callback):
                 f"factors={self.factors}: there is no rank {absent[0]} among {trainer.world_size}; write ranks "
                 f"from 0 to {trainer.world_size - 1}, or Trainer(devices={absent[0] + 1})"
             )
+        self._rank = trainer.global_rank  # that of a Trainer is another one once a worker is lost
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note when the step began."""
@@ -89,5 +91,5 @@ class StragglerInjection(Callback):
         """Sleep."""
         forward_s = time.perf_counter() - self._started
         step_s = (1 + _BACKWARD_OVER_FORWARD) * forward_s if self.step_s is None else self.step_s
-        time.sleep(self.delay_factor(trainer.global_rank) * step_s)
+        time.sleep(self.delay_factor(self._rank) * step_s)
         self._started = time.perf_counter()  # a further backward of the same batch counts from here

@@ -8,8 +8,10 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal, TypeVar
 
+import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import Accelerator
@@ -24,7 +26,7 @@ from torch.optim import Optimizer
 from lightning_stale.events import Recorder
 from lightning_stale.launchers import ScriptLauncher, SummaryLauncher
 from lightning_stale.launchers.hydra.job import current_job, destroy_process_group
-from lightning_stale.private import of_lightning
+from lightning_stale.private import of_lightning, of_torchmetrics
 from lightning_stale.strategies import checkpoint_entries
 from lightning_stale.strategies.buffers import UntrainedState
 from lightning_stale.strategies.checks import (
@@ -40,7 +42,9 @@ from lightning_stale.strategies.collectives import Collectives, warn_within_batc
 from lightning_stale.strategies.hosted_process import HostedProcess
 from lightning_stale.strategies.meeting_points import MeetingPoints
 from lightning_stale.strategies.other_ranks import OtherRanks, log_signal
+from lightning_stale.strategies.present import Members, Present
 from lightning_stale.strategies.updates.update import Training, Update
+from lightning_stale.strategies.validation import Validation
 from lightning_stale.strategies.wrong_package import refuse_environment
 from lightning_stale.topology import Topology
 from lightning_stale.transport import secret
@@ -73,6 +77,8 @@ class StaleStrategy(DDPStrategy):
     """The name that stands for it in ``Trainer(strategy=...)``."""
     _entry: checkpoint_entries.EntryName | None = None
     """Where the update's state is in a checkpoint."""
+    _patience: timedelta | None = None
+    """How long a rank may be silent before it is given up, and the run goes on without it; ``None``: none is."""
     _steps_locally = False
     """Whether a worker's own optimizer takes its steps, as a plain Trainer would, with gradients that nobody needs."""
 
@@ -88,6 +94,7 @@ class StaleStrategy(DDPStrategy):
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
+        self._present = Present()
         super().__init__(
             accelerator=accelerator,
             cluster_environment=cluster_environment,
@@ -100,7 +107,8 @@ class StaleStrategy(DDPStrategy):
         self.timeout, self.start_method = timeout, start_method
         self._update = update
         self._others = OtherRanks(self._require_trainer)
-        self._collectives = Collectives(self._others, self._may_meet, self._undisturbed)
+        self._collectives = Collectives(self._others, self._may_meet, self._undisturbed, self._present, self._follow)
+        self._validation: Validation | None = None  # of a run that may lose ranks
         self._undo_setup: list[Callable[[], object]] = []
         self._untrained: UntrainedState | None = None
         self._recorder = Recorder()  # of what happens on this rank
@@ -120,8 +128,21 @@ class StaleStrategy(DDPStrategy):
 
     @property
     def topology(self) -> Topology:
-        """What the ranks are to each other: workers with a replica each, unless a subclass says otherwise."""
-        return Topology(self.world_size, nodes=self.num_nodes)
+        """What the ranks are to each other: workers with a replica each, unless a subclass says otherwise.
+
+        While a run goes on, it is what they were when it began.
+        """
+        return Topology(self._present.began_with or self.world_size, nodes=self.num_nodes)
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks are present."""
+        return self._present.world_size or super().world_size
+
+    @property
+    def global_rank(self) -> int:
+        """Which of those present this one is; 0 stays 0, whoever is lost."""
+        return super().global_rank if self._present.index is None else self._present.index
 
     # --- set-up -----------------------------------------------------------------------------------------------------
 
@@ -185,6 +206,7 @@ class StaleStrategy(DDPStrategy):
         """End what is left after a failure, and undo :meth:`setup`."""
         self._update.release()
         self._others.leave(finished=not self._is_interrupted())
+        self._present.end(self.timeout)
         while self._undo_setup:
             self._undo_setup.pop()()
         super().teardown()
@@ -209,10 +231,13 @@ class StaleStrategy(DDPStrategy):
     def _begin(self, run: str) -> None:
         assert self.cluster_environment is not None
         assert self.lightning_module is not None
+        rank = self.global_rank
+        if self._patience is not None:
+            self._present.begin(run, self._here, rank, self.topology.world_size, self._patience)
         self._update.start(
             Training(
                 run=run,
-                rank=self.global_rank,
+                rank=rank,
                 topology=self.topology,
                 others=self._others,
                 module=self.lightning_module,
@@ -224,6 +249,36 @@ class StaleStrategy(DDPStrategy):
                 record=self._recorder.record,
             )
         )
+        if self._present.elastic:
+            self._go_on_without_the_lost()
+
+    @property
+    def _here(self) -> Members:
+        """Who is in torch's default group as a run begins."""
+        return tuple((rank, 1) for rank in range(self.world_size))
+
+    def _go_on_without_the_lost(self) -> None:
+        """Let collectives, metrics and validations be of those present, from the first meeting on."""
+        trainer = self._require_trainer()
+        collective = partial(self._collectives.run, "the gather of a metric")
+        self._undo_setup.append(of_torchmetrics.gather_through(collective))
+        self._validation = Validation(
+            trainer, self._present, self._others, self.meet, self._follow, self._update.after_validation
+        )
+        self._undo_setup += [self._validation.undo, partial(setattr, self, "_validation", None)]
+        self._follow()
+        self._form_group()
+
+    def _follow(self) -> None:
+        """Note who was at the last meeting."""
+        if self._update.members:
+            self._present.follow(self._update.members)
+        if self._validation is not None:
+            self._validation.check()
+
+    def _form_group(self) -> None:
+        if not self._present.grouped:
+            self._collectives.complete("a group of those present", lambda: None)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self._update.before_batch()
@@ -239,11 +294,19 @@ class StaleStrategy(DDPStrategy):
 
     def meet(self, place: str) -> None:
         """Wait until all ranks are at ``place``, and have the same weights on all of a stage."""
-        if self._update.running:
-            self._update.meet(place)
-            untrained = self._untrained
-            if untrained is not None and not self.topology.one_replica:
-                self._others.guard(lambda: untrained.agree(self.world_size))
+        has_met = self._validation is not None and self._validation.underway and place == "validation"
+        if not self._update.running or has_met:
+            return
+        self._update.meet(place)
+        untrained = self._untrained
+        if self._present.elastic:
+            self._follow()
+            if untrained is None or untrained.empty:
+                self._form_group()
+            else:
+                self._collectives.complete("untrained weights", lambda: untrained.agreed(self.world_size))()
+        elif untrained is not None and not self.topology.one_replica:
+            self._others.guard(lambda: untrained.agreed(self.world_size)())
 
     def on_validation_end(self) -> None:
         self._update.after_validation()
@@ -251,6 +314,7 @@ class StaleStrategy(DDPStrategy):
     def on_train_end(self) -> None:
         super().on_train_end()
         self._update.finish()
+        self._present.end(self.timeout)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -323,6 +387,8 @@ class StaleStrategy(DDPStrategy):
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Replicas have samples of their own; the ranks of one replica have the same."""
+        if self._present.world_size is not None:
+            return {"num_replicas": self._present.world_size, "rank": self.global_rank}
         return self.topology.sampler_kwargs(self.global_rank)
 
     def reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = "mean") -> Tensor:
@@ -332,6 +398,10 @@ class StaleStrategy(DDPStrategy):
         reduce = super().reduce
         if isinstance(reduce_op, str):  # logged, and not a decision that a callback takes, such as ModelCheckpoint's
             warn_within_batch(self.lightning_module)
+        if self._present.elastic and group is None and isinstance(tensor, Tensor):
+            reduced = self._collectives.run("reduce", lambda: reduce(tensor.clone(), group, reduce_op))
+            with torch.no_grad():
+                return tensor.copy_(reduced)
         return self._collectives.run("reduce", lambda: reduce(tensor, group, reduce_op), group)
 
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
@@ -353,6 +423,8 @@ class StaleStrategy(DDPStrategy):
 
     def _may_meet(self) -> bool:
         """Whole replicas go on by themselves after an interruption; the parts of one cannot."""
+        if self._present.elastic:  # the only one left may have company again
+            return not self._is_interrupted()
         return self.world_size > 1 and (not self._is_interrupted() or self.topology.stages > 1)
 
     def _undisturbed(self) -> AbstractContextManager[None]:

@@ -19,6 +19,7 @@ from lightning_stale.launchers import ScriptLauncher
 from lightning_stale.private import of_torch
 from lightning_stale.strategies.base import StaleStrategy
 from lightning_stale.strategies.newcomer import Newcomer, has_joined, newcomer_of_this_process
+from lightning_stale.strategies.present import Members
 from lightning_stale.strategies.starting_point import StartingPoint, write_down
 from lightning_stale.topology import Topology
 from lightning_stale.transport import invitation
@@ -118,9 +119,15 @@ class JoinableStrategy(StaleStrategy):
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Those of the ranks; until it meets others, a newcomer is alone."""
-        if self._newcomer is not None and self._newcomer.sets_up:
+        if self._newcomer is not None and self.world_size == 1:
             return {"num_replicas": 1, "rank": 0}
         return super().distributed_sampler_kwargs
+
+    @property
+    def _here(self) -> Members:
+        if self._newcomer is None:
+            return super()._here
+        return ((self._newcomer.rank, self._newcomer.generation),)
 
     def _new_run(self) -> str:
         return super()._new_run() if self._newcomer is None else self._run

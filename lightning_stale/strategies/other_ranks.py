@@ -44,8 +44,11 @@ class Control(Protocol):
     def await_others(self) -> None:
         """Wait until all ranks have come; raise if they are at different places, or one has ended."""
 
-    def meet(self, place: str, detail: str = "") -> None:
-        """Come to ``place``, and wait for the others."""
+    def meet(self, place: str, detail: str = "", region: str = "") -> None:
+        """Come to ``place``, and wait for the others.
+
+        Ranks that are at different places of one ``region`` meet all the same if somebody was lost.
+        """
 
     def fail(self, kind: FailureKind, text: str) -> RunFailedError | None:
         """Tell all why this rank ends (``text`` follows "rank 1 "); return what had failed before."""
@@ -59,11 +62,15 @@ class OtherRanks:
 
     Args:
         trainer: returns this rank's.
+
+    Attributes:
+        region: where this rank is in a run that may lose ranks; those who are in the same one meet where one is lost.
     """
 
     def __init__(self, trainer: Callable[[], Trainer]) -> None:
         self._trainer = trainer
         self._control: Control | None = None
+        self.region = ""
         self.host = HostedProcess(CoordinatorProcess, "coordinator", needs_secret=False)
         """That of the coordinator through which they meet, unless they do otherwise."""
         self._reported: BaseException | None = None
@@ -139,7 +146,7 @@ class OtherRanks:
             RunFailedError: if one of them has ended, or they are at different places, with those of all.
         """
         if self._control is not None:
-            self.guard(partial(self._control.meet, place, self._detail()))
+            self.guard(partial(self._control.meet, place, self._detail(), self.region))
 
     def guard(self, call: Callable[[], _T]) -> _T:
         """Run ``call``, which may wait for others; what breaks because of another rank raises what happened there.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any, Literal, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -86,6 +87,9 @@ class StaleSyncStrategy(JoinableStrategy):
             raise ValueError(f"data={data!r} is unknown: write 'auto', 'on-demand' or 'shards'")
         self.data = data
         self.elastic = as_elastic(elastic)
+        self._patience = None if self.elastic is None else timedelta(seconds=self.elastic.patience_s)
+        if self.elastic is not None:
+            self._patience = timedelta(seconds=self.elastic.patience_s)
         self._check_elastic(kwargs.get("start_method", "popen"))
         self._update: ServerUpdate
         gate = as_paradigm(paradigm)
@@ -193,7 +197,7 @@ class StaleSyncStrategy(JoinableStrategy):
         if self.elastic is not None:
             return True
         wanted = self.data == "on-demand" or (self.data == "auto" and isinstance(self.paradigm, BoundedDelay))
-        return wanted and self.world_size > 1
+        return wanted and self.topology.world_size > 1
 
     def process_dataloader(self, dataloader: object) -> object:
         """Let the training loader have the batches that this worker is granted, or its shard."""

@@ -15,6 +15,7 @@ from lightning_stale import DSPStrategy, HPSGDStrategy, StaleSyncStrategy
 from lightning_stale.failures import RunFailedError
 from lightning_stale.strategies.collectives import Collectives
 from lightning_stale.strategies.other_ranks import OtherRanks
+from lightning_stale.strategies.present import Present
 from lightning_stale.strategies.updates.averaging import AveragingUpdate
 from lightning_stale.strategies.updates.local import LocalUpdate
 from lightning_stale.strategies.updates.server import ServerUpdate
@@ -27,7 +28,7 @@ class Control:
     def __init__(self, noted: list[str], failure: RunFailedError | None = None) -> None:
         self.noted, self.failure = noted, failure
 
-    def meet(self, place: str, detail: str = "") -> None:
+    def meet(self, place: str, detail: str = "", region: str = "") -> None:
         if self.failure is not None:
             raise self.failure
         self.noted.append(f"{place}, {detail}")
@@ -45,7 +46,9 @@ class Setup:
         self.others = OtherRanks(lambda: trainer)
         if joined:
             self.others.join(Control(self.noted, failure))  # type: ignore[arg-type]
-        self.collectives = Collectives(self.others, lambda: may_meet, self.undisturbed)
+        self.collectives = Collectives(
+            self.others, lambda: may_meet, self.undisturbed, Present(), lambda: pytest.fail("nobody can be lost")
+        )
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:

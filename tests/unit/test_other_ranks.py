@@ -34,7 +34,7 @@ class Control:
         self.told.append((kind, text))
         return self.failure
 
-    def meet(self, place: str, detail: str = "") -> None:
+    def meet(self, place: str, detail: str = "", region: str = "") -> None:
         if not self.others_come:
             self.blame()
 

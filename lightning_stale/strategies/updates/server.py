@@ -333,8 +333,9 @@ class ServerUpdate(Update):
     def _meet_and_pull(self, place: str, timeout_s: float = math.inf) -> None:
         assert self._control is not None
         assert self._training is not None
-        control, detail = self._control, f"step {self._training.module.trainer.global_step}"
-        self._training.others.guard(lambda: control.meet_and_pull(place, detail, timeout_s))
+        control, others = self._control, self._training.others
+        detail = f"step {self._training.module.trainer.global_step}"
+        others.guard(lambda: control.meet_and_pull(place, detail, timeout_s, others.region))
 
     def _check_meeting(self) -> None:
         if self._batches is not None and self._batches.amid_step:

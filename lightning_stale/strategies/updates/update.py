@@ -52,6 +52,8 @@ class Update(ABC):
 
     running = False
     """Whether between ``start`` and ``finish``."""
+    members: tuple[tuple[int, int], ...] = ()
+    """(rank, generation) of those whom the last meeting has let go on, in a run that may lose ranks."""
 
     @abstractmethod
     def start(self, training: Training) -> None:
