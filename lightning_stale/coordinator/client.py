@@ -74,9 +74,9 @@ class Control:
             self.check(fresh=True)
             time.sleep(_PAUSE_S)
 
-    def come_to(self, place: str, detail: str = "") -> None:
+    def come_to(self, place: str, detail: str = "", region: str = "") -> None:
         """Let the others know that this rank's next meeting is at ``place``; do not wait for them yet."""
-        self._connection.send("sync", place=place, detail=detail, region="", pull=False, wait_s=0.0, compute_s=0.0)
+        self._connection.send("sync", place=place, detail=detail, region=region, pull=False, wait_s=0.0, compute_s=0.0)
 
     def await_others(self) -> None:
         """Wait until all ranks have come to the place of :meth:`come_to`.
@@ -89,13 +89,13 @@ class Control:
         except ServerLostError as error:
             raise self._gone() from error
 
-    def meet(self, place: str, detail: str = "") -> None:
-        """Come to ``place``, and wait until all others have.
+    def meet(self, place: str, detail: str = "", region: str = "") -> None:
+        """Come to ``place``, in ``region``, and wait until all others have.
 
         Raises:
             RunFailedError: as :meth:`await_others`.
         """
-        self.come_to(place, detail)
+        self.come_to(place, detail, region)
         self.await_others()
 
     def fail(self, kind: FailureKind, text: str) -> RunFailedError | None:
