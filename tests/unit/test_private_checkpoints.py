@@ -1,4 +1,4 @@
-"""What of Lightning's saving, resuming and starting of processes is reached into is still there, and does what it did."""
+"""What of Lightning's saving, resuming and starting of processes is reached into still does what it did."""
 
 from __future__ import annotations
 
