@@ -16,7 +16,7 @@ from torch.distributed import DistError
 
 from lightning_stale.elastic import Elastic
 from lightning_stale.launchers import ScriptLauncher
-from lightning_stale.private import of_torch
+from lightning_stale.private import of_lightning, of_torch
 from lightning_stale.strategies.base import StaleStrategy
 from lightning_stale.strategies.newcomer import Newcomer, has_joined, newcomer_of_this_process
 from lightning_stale.strategies.present import Members
@@ -67,11 +67,10 @@ class JoinableStrategy(StaleStrategy):
             return
         assert self.cluster_environment is not None
         self.set_world_ranks()
-        self._process_group_backend = self._get_process_group_backend()
         self._newcomer.form_group(
             self.cluster_environment.main_address,
             self.cluster_environment.main_port,
-            self._process_group_backend,
+            of_lightning.choose_backend(self),
             self.timeout,
         )
 

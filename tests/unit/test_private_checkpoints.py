@@ -12,10 +12,11 @@ from lightning.fabric.strategies.launchers.subprocess_script import _basic_subpr
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.connectors.logger_connector import logger_connector
 
-from lightning_stale.private import of_checkpoints, of_launchers
+from lightning_stale.private import of_checkpoints, of_launchers, of_lightning
 
 
 def test_the_warning_that_is_silenced_is_still_raised_where_loops_are_reset() -> None:
@@ -68,3 +69,8 @@ def test_lightning_ends_all_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert of_launchers.script_command() == list(_basic_subprocess_cmd())
     assert "sleep_period: int = 5" in inspect.getsource(_ChildProcessObserver.__init__)
     assert of_launchers.OBSERVED_S == 5.0
+
+
+def test_a_strategy_knows_its_backend() -> None:
+    strategy = DDPStrategy(process_group_backend="gloo")
+    assert of_lightning.choose_backend(strategy) == strategy.process_group_backend == "gloo"
