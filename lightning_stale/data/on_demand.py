@@ -90,6 +90,9 @@ class BatchesOnDemand:
         self._grant: Grant | None = None  # None: ask, with a plan
         self._start = self._step = self._steps = 0  # of the epoch: where this fit begins; now; and from there on
         self._next = 0  # among the rest
+        self._had_one = False  # in this epoch
+        self.spare = False
+        """Whether the batch that is computed is trained by somebody else: nothing is to become of its gradient."""
         self._scheduled = dict.fromkeys((False, True), 0)
         self.manual = not trainer.lightning_module.automatic_optimization
         """Whether ``training_step`` steps the optimizers itself."""
@@ -108,7 +111,8 @@ class BatchesOnDemand:
         """Return which batch of the epoch is to be computed now, and then those that are likely to be next.
 
         It waits until one is granted. None is returned where none is left before the next meeting, for a worker that
-        has come late, or where there are more workers than leases: it goes on to the meeting.
+        has come late, or where there are more workers than leases: it goes on to the meeting. If it has had none in
+        this epoch, it gets one whose gradient is :attr:`spare`: what it logs of it, it needs where all workers reduce.
 
         Args:
             order: the samples of all batches of the epoch.
@@ -122,8 +126,13 @@ class BatchesOnDemand:
         assert grant is not None
         if grant.over:
             last = self._step == self._start + self._steps
-            self._counters.without_batch(self._done, self._step, grant.taken, last)
-            return []
+            if self._had_one:
+                self._counters.without_batch(self._done, self._step, grant.taken, last)
+                return []
+            self._had_one = self.spare = True
+            self._counters.before_batch(self._done - 1, last)
+            return [self._rest[0]]
+        self._had_one = True
         number, self._next = self._next, self._next + 1
         # a lease of the last step may be short, and ends there whatever the others do; all others end before it
         ends = number >= (self._steps - 1) * self._each * self._workers
@@ -144,8 +153,11 @@ class BatchesOnDemand:
 
     def took_step(self, grant: Grant | None) -> None:
         """This worker's optimizer has stepped, or was to: go on with ``grant``; without one, ask for it."""
-        if grant is None:
+        if self.spare:
+            self.spare, grant = False, self._grant
+        elif grant is None:
             grant = self._request(self.leases, None)
+        assert grant is not None
         self._hold(grant)
         over = grant.over and self._step == self._start + self._steps
         self._counters.in_step(self._done, self._step, meets=grant.over, last=over)
@@ -183,6 +195,7 @@ class BatchesOnDemand:
     def _begin_epoch(self, order: Sequence[Sequence[int]]) -> None:
         trainer = self._trainer
         check_epoch(trainer)
+        self._had_one = False
         self._epoch, self._each = trainer.current_epoch, trainer.accumulate_grad_batches
         length = int(trainer.num_training_batches)
         self._batches = len(order) if length == len(order) // self._workers else length * self._workers

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer, WeightAveraging
 from lightning.pytorch.callbacks.timer import Interval
 from lightning.pytorch.overrides.distributed import _sync_module_states
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 from lightning.pytorch.trainer.connectors import accelerator_connector
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
@@ -301,3 +301,9 @@ def seed_workers_alike(loader: DataLoader[Any]) -> Callable[[], None]:
             there.worker_init_fn = before
 
     return undo
+
+
+def choose_backend(strategy: DDPStrategy) -> str:
+    """Return the backend of the process group that ``strategy`` would make, and let it know."""
+    strategy._process_group_backend = strategy._get_process_group_backend()
+    return strategy._process_group_backend

@@ -43,7 +43,7 @@ from lightning_stale.strategies.collectives import Collectives, warn_within_batc
 from lightning_stale.strategies.hosted_process import HostedProcess
 from lightning_stale.strategies.meeting_points import MeetingPoints
 from lightning_stale.strategies.other_ranks import OtherRanks, log_signal
-from lightning_stale.strategies.present import Present
+from lightning_stale.strategies.present import Members, Present
 from lightning_stale.strategies.restart import SavedCheckpoints, begin_fit, is_supervised, where_to_go_on
 from lightning_stale.strategies.updates.update import Training, Update
 from lightning_stale.strategies.validation import Validation
@@ -248,8 +248,7 @@ class StaleStrategy(DDPStrategy):
         assert self.lightning_module is not None
         rank = self.global_rank
         if self._patience is not None:
-            members = tuple((other, 1) for other in range(self.world_size))
-            self._present.begin(run, members, rank, len(members), self._patience)
+            self._present.begin(run, self._here, rank, self.topology.world_size, self._patience)
         self._update.start(
             Training(
                 run=run,
@@ -267,6 +266,11 @@ class StaleStrategy(DDPStrategy):
         )
         if self._present.elastic:
             self._go_on_without_the_lost()
+
+    @property
+    def _here(self) -> Members:
+        """Who is in torch's default group as a run begins."""
+        return tuple((rank, 1) for rank in range(self.world_size))
 
     def _go_on_without_the_lost(self) -> None:
         """Let collectives, metrics and validations be of those present, from the first meeting on."""

@@ -16,9 +16,10 @@ from torch.distributed import DistError
 
 from lightning_stale.elastic import Elastic
 from lightning_stale.launchers import ScriptLauncher
-from lightning_stale.private import of_torch
+from lightning_stale.private import of_lightning, of_torch
 from lightning_stale.strategies.base import StaleStrategy
 from lightning_stale.strategies.newcomer import Newcomer, has_joined, newcomer_of_this_process
+from lightning_stale.strategies.present import Members
 from lightning_stale.strategies.starting_point import StartingPoint, write_down
 from lightning_stale.topology import Topology
 from lightning_stale.transport import invitation
@@ -66,11 +67,10 @@ class JoinableStrategy(StaleStrategy):
             return
         assert self.cluster_environment is not None
         self.set_world_ranks()
-        self._process_group_backend = self._get_process_group_backend()
         self._newcomer.form_group(
             self.cluster_environment.main_address,
             self.cluster_environment.main_port,
-            self._process_group_backend,
+            of_lightning.choose_backend(self),
             self.timeout,
         )
 
@@ -118,9 +118,15 @@ class JoinableStrategy(StaleStrategy):
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Those of the ranks; until it meets others, a newcomer is alone."""
-        if self._newcomer is not None and self._newcomer.sets_up:
+        if self._newcomer is not None and self.world_size == 1:
             return {"num_replicas": 1, "rank": 0}
         return super().distributed_sampler_kwargs
+
+    @property
+    def _here(self) -> Members:
+        if self._newcomer is None:
+            return super()._here
+        return ((self._newcomer.rank, self._newcomer.generation),)
 
     def _new_run(self) -> str:
         return super()._new_run() if self._newcomer is None else self._run

@@ -88,8 +88,7 @@ class StaleSyncStrategy(JoinableStrategy):
             raise ValueError(f"data={data!r} is unknown: write 'auto', 'on-demand' or 'shards'")
         self.data = data
         self.elastic = as_elastic(elastic)
-        if self.elastic is not None:
-            self._patience = timedelta(seconds=self.elastic.patience_s)
+        self._patience = None if self.elastic is None else timedelta(seconds=self.elastic.patience_s)
         self._check_elastic(kwargs.get("start_method", "popen"))
         self._update: ServerUpdate
         gate = as_paradigm(paradigm)

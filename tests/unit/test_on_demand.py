@@ -79,6 +79,9 @@ class Loop:
         if not numbers:
             self.go_on_without()
             return
+        if self.batches.spare:
+            self.compute_what_others_train()
+            return
         self.trained.append(numbers[0])
         fetcher.fetched += 1
         fetcher.done = fetcher.fetched >= self.run.length
@@ -98,6 +101,23 @@ class Loop:
         else:
             progress.increment_processed()
             progress.increment_completed()
+
+    def compute_what_others_train(self) -> None:
+        """A batch like any, of which nothing is pushed."""
+        fetcher, progress = self.fit_loop._data_fetcher, self.loop.batch_progress
+        fetcher.fetched += 1
+        progress.is_last_batch = fetcher.done = fetcher.fetched >= self.run.length
+        progress.increment_ready()
+        progress.increment_started()
+        assert not self.loop._should_accumulate()
+        stepped = self.loop.automatic_optimization.optim_progress.optimizer.step
+        stepped.increment_ready()
+        self.batches.took_step(None)
+        stepped.increment_completed()
+        progress.increment_processed()
+        progress.increment_completed()
+        self.idle = False
+        self.is_where_all_meet(self.grant)
 
     def go_on_without(self) -> None:
         """What Lightning does where a loader yields ``None``: it runs no step."""

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from lightning_stale.transport import secret
+from lightning_stale.transport import invitation, secret
 from lightning_stale.transport.credentials import Credentials, ForgedError
 from lightning_stale.transport.endpoint import Endpoint
 from lightning_stale.transport.introduction import Introduction, ServerUnavailableError
+from lightning_stale.transport.invitation import Invitation, NotInvitedError
 from lightning_stale.transport.layout import Layout
 from lightning_stale.transport.secret import SecretError, SecretFile
 
@@ -213,3 +214,46 @@ def test_the_others_learn_that_rank_0_has_failed(folder: Path) -> None:
         introduce(store, 1).accept()
     first.close()
     assert list(folder.iterdir()) == []
+
+
+# --- a file that stays, and one that the user names -------------------------------------------------------------------
+
+
+def test_the_file_of_a_run_that_goes_on_is_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    file, dead = secret.SecretFile("x" * 64), secret.SecretFile()
+    dead._file.close()  # as if its process had been killed
+    for one in (file, dead):
+        os.utime(one.path, (0, 0))
+    secret.SecretFile().remove()
+    assert file.path.read_text() == "x" * 64
+    assert not dead.path.exists()
+    assert secret.read_from(file.path) == "x" * 64
+    file.remove()
+    assert not file.path.exists()
+
+
+def test_a_secret_that_the_user_names_is_checked(tmp_path: Path) -> None:
+    with pytest.raises(secret.SecretError, match=r"nobody cannot be read .* name the file that rank 0 has printed"):
+        secret.read_from(tmp_path / "nobody")
+    file = tmp_path / "secret"
+    file.touch(mode=0o600)
+    with pytest.raises(secret.SecretError, match="has 0 characters"):
+        secret.read_from(file)
+    file.write_text("x" * 64)
+    file.chmod(0o640)
+    with pytest.raises(secret.SecretError, match=f"mode -rw-r-----.: run chmod 600 {file}"):
+        secret.read_from(file)
+
+
+def test_a_run_that_is_not_elastic_is_not_joined() -> None:
+    store = HashStore()
+    with pytest.raises(NotInvitedError, match=r"StaleSyncStrategy\(elastic=True\)"):
+        Invitation.read(store)
+    Invitation("run", "7").post(store)
+    assert Invitation.read(store) == Invitation("run", "7")
+    invitation.withdraw(store)
+    with pytest.raises(NotInvitedError):
+        Invitation.read(store)
+    with pytest.raises(NotInvitedError, match=r"no run can be reached at 127.0.0.1:1 "):
+        invitation.connect("127.0.0.1", 1)

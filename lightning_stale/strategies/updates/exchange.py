@@ -115,6 +115,9 @@ class Exchange:
                 "freeze them with requires_grad=False until they are to learn."
             )
         used = self._memory.collect(indices)
+        if self._batches is not None and self._batches.spare:
+            self._batches.took_step(None)
+            return
         clip = self._clips.pop(id(optimizer), None)
         if any(used):
             options = read_options(optimizer)

@@ -188,6 +188,8 @@ class ServerUpdate(Update):
             return take()
         leases = () if batches is None else batches.leases
         result = take()
+        if batches is not None and batches.spare:  # an overflow, or no gradients
+            batches.took_step(None)
         if batches is not None and leases and batches.leases == leases:
             batches.took_step(None)
         return result
