@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: quickstart test soak faults lint docs bench
 
 quickstart: .venv/.installed
-	$(BIN)/python recipes/train.py -m experiment=digits trainer/strategy=ddp,bsp,ssp,dssp hydra.sweep.dir=outputs/quickstart
+	$(BIN)/python recipes/train.py -m experiment=digits trainer/strategy=ddp,ssp,dssp,bounded-delay hydra.sweep.dir=outputs/quickstart
 	$(BIN)/python recipes/compare.py outputs/quickstart
 
 # More processes than cores: half of the time of two of them was waiting, for processes that start, hang or are killed.
@@ -34,6 +34,7 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/accuracy.py
 	$(BIN)/python benchmarks/apply_rules.py
+	$(BIN)/python benchmarks/pages.py
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -105,6 +105,38 @@ def milliseconds_per_step(strategy: Any, steps: int, step_s: float, workers: int
     return 1e3 * (timer.ended - timer.started) / timer.steps
 
 
+class Marks(L.Callback):
+    """Keeps the moment at which each batch of this rank ended, by a clock that all processes of a host share."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.ends.append(time.perf_counter())
+
+
+def epoch(
+    strategy: Any, steps: int, step_s: float, workers: int, callbacks: list[L.Callback]
+) -> tuple[list[float], dict[str, Any]]:
+    """Train for an epoch of ``steps`` per worker after a warm-up; return when this rank's batches ended, and counts."""
+    samples = BATCH * (steps + WARM_UP) * workers
+    data = TensorDataset(torch.randn(samples, WIDTH), torch.zeros(samples).long())
+    marks = Marks()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=workers,
+        strategy=strategy,
+        max_epochs=1,
+        callbacks=[*callbacks, marks],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Emulated(step_s), DataLoader(data, batch_size=BATCH))
+    return marks.ends, trainer.strategy.summary() if hasattr(trainer.strategy, "summary") else {}
+
+
 def batches_per_second(
     model: L.LightningModule, loader: DataLoader[Any], devices: int, strategy: Any, warm_up: int
 ) -> float:

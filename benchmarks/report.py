@@ -25,6 +25,7 @@ class Row:
     values: list[float] = field(default_factory=list)
     against: str | None = None
     expected: str = ""
+    also: dict[str, str] = field(default_factory=dict)  # further columns
 
     @property
     def median(self) -> float:
@@ -40,7 +41,8 @@ def ratio(row: Row, rows: list[Row]) -> float | None:
 def report(name: str, title: str, unit: str, rows: list[Row]) -> None:
     """Print ``rows``, and write ``results/<name>.json`` and ``results/<name>.png``."""
     table = Table(title=title)
-    for heading in ("", f"median ({unit})", "min", "max", "ratio", "expected"):
+    also = list(dict.fromkeys(column for row in rows for column in row.also))
+    for heading in ("", f"median ({unit})", "min", "max", "ratio", *also, "expected"):
         table.add_column(heading, justify="left" if heading in ("", "expected") else "right")
     for row in rows:
         against = ratio(row, rows)
@@ -50,9 +52,10 @@ def report(name: str, title: str, unit: str, rows: list[Row]) -> None:
             f"{min(row.values):.3g}",
             f"{max(row.values):.3g}",
             "" if against is None else f"{against:.2f}",
+            *(row.also.get(column, "") for column in also),
             row.expected,
         )
-    Console(width=100).print(table)
+    Console(width=100 + 12 * len(also)).print(table)
     RESULTS.mkdir(exist_ok=True)
     content = {
         "title": title,

@@ -2,7 +2,7 @@
 
 A run is named by the overrides in which it differs from the others.
 
-python recipes/train.py -m experiment=digits trainer/strategy=ddp,bsp,ssp,dssp
+python recipes/train.py -m experiment=digits trainer/strategy=ddp,ssp,dssp,bounded-delay
 python recipes/compare.py outputs/DAY/TIME [--figure FILE]
 """
 
@@ -20,6 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 _MAX_KEYS = 4
+# told apart by the colour-blind too (Okabe and Ito, Color Universal Design), and without colours by their markers
+_COLORS = ("#000000", "#E69F00", "#009E73", "#0072B2", "#CC79A7", "#D55E00", "#56B4E9")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 @dataclass
@@ -112,15 +115,18 @@ def draw(runs: dict[str, Run], path: Path) -> None:
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
+    from cycler import cycler
 
-    figure, axes = plt.subplots(figsize=(5, 3.4), layout="constrained")
-    for name, run in runs.items():
-        if run.curve:
-            seconds, accuracy = zip(*run.curve, strict=True)
-            axes.plot(seconds, [100 * a for a in accuracy], marker="o", markersize=4, label=name)
-    axes.set(xlabel="time (s)", ylabel="validation accuracy (%)")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    with plt.rc_context({"font.size": 13, "axes.prop_cycle": cycler(color=_COLORS, marker=_MARKERS)}):
+        figure, axes = plt.subplots(figsize=(5, 3.6), layout="constrained")
+        for name, run in runs.items():
+            if run.curve:
+                seconds, accuracy = zip(*run.curve, strict=True)
+                axes.plot(seconds, [100 * a for a in accuracy], linewidth=2, markersize=6, label=name)
+        axes.set(xlabel="time (s)", ylabel="validation accuracy (%)", xlim=(0, None))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
     figure.savefig(path, dpi=160)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from lightning_stale.callbacks.monitor import StalenessMonitor
+from lightning_stale.callbacks.step_trace import StepTrace
 from lightning_stale.callbacks.straggler import StragglerInjection
 from lightning_stale.callbacks.threshold_schedule import ThresholdSchedule
 
-__all__ = ["StalenessMonitor", "StragglerInjection", "ThresholdSchedule"]
+__all__ = ["StalenessMonitor", "StepTrace", "StragglerInjection", "ThresholdSchedule"]

@@ -16,6 +16,7 @@ from rich.console import Console
 from lightning_stale import SSP, StalenessMonitor, StaleSyncStrategy, StragglerInjection
 from lightning_stale.callbacks.monitor import summary_table
 from lightning_stale.parameter_server.client import Release
+from recipes.traces import real_job
 
 # --- StragglerInjection -------------------------------------------------------------------------------------------
 
@@ -126,6 +127,18 @@ def test_a_second_backward_counts_from_the_first(clock: SimpleNamespace) -> None
 def test_other_ranks_do_not_sleep(clock: SimpleNamespace) -> None:
     slow_step(StragglerInjection(factors={0: 2.5}, step_s=0.25), clock, [1.0], rank=1)
     assert sum(clock.slept) == 0.0
+
+
+def test_a_batch_takes_one_step_of_the_trace_however_many_backwards(clock: SimpleNamespace) -> None:
+    callback = StragglerInjection(trace=real_job("AR"), step_s=0.0)
+    slow_step(callback, clock, [2.0, 1.0])
+    slow_step(callback, clock, [2.0])
+    assert clock.slept == [real_job("AR").seconds(0, step) for step in (0, 1)]
+
+
+def test_with_a_trace_it_sleeps_for_what_is_left(clock: SimpleNamespace) -> None:
+    slow_step(StragglerInjection(trace=real_job("AR", scale=1.0)), clock, [2.0], rank=1)
+    assert clock.slept == [real_job("AR", scale=1.0).seconds(1, 0) - 3 * 2.0]
 
 
 # --- StalenessMonitor ---------------------------------------------------------------------------------------------

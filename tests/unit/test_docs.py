@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from omegaconf import DictConfig
 
 import lightning_stale
+from benchmarks import pages
 from docs.docstrings import as_markdown
 from recipes import schemas  # noqa: F401 - of the configs
 from tests.pages import PAGES, ROOT, Snippet, anchors, commands, links, snippets
@@ -192,6 +193,16 @@ def test_figures_are_those_that_the_scripts_draw(script: str) -> None:
     for name, figure in drawn.items():
         kept = (ROOT / "docs" / "figures" / f"{name}.svg").read_text()
         assert kept == str(figure), f"{name}.svg is not what {module} draws: run python -m {module}"
+
+
+def test_figures_in_tables_are_those_that_were_measured() -> None:
+    """And none of the tables is left out."""
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        assert pages.with_results(text) == text, f"{page.name}: run python benchmarks/pages.py"
+        found += [name for _, name in pages.MARKED.findall(text)]
+    assert sorted(found) == sorted(pages.TABLES)
 
 
 def test_code_does_not_run_off_a_wide_screen() -> None:

@@ -167,7 +167,7 @@ def wrong_directions(imports: list[Import]) -> dict[tuple[str, str], list[str]]:
     wrong: dict[tuple[str, str], list[str]] = {}
     for found in imports:
         importer, target = unit(found.importer), unit(found.target)
-        if importer == target or importer in ("", "hydra_plugins.lightning_stale.names"):  # above all
+        if importer == target or importer in ("", "__main__", "hydra_plugins.lightning_stale.names"):  # above all
             continue
         for name in (importer, target):
             assert name in layer_of, f"{found}: write {name!r} into a layer of LAYERS"

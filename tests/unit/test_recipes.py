@@ -6,11 +6,12 @@ import doctest
 import json
 import subprocess
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from rich.console import Console
 
-from recipes import schedules
+from recipes import schedules, traces
 from recipes.compare import load_runs, make_table
 from recipes.provenance import git_state
 from recipes.report import strategy_table
@@ -41,8 +42,9 @@ def test_git_state(tmp_path: Path) -> None:
     assert "-before\n+after" in diff
 
 
-def test_schedules() -> None:
-    found = doctest.testmod(schedules)
+@pytest.mark.parametrize("module", [schedules, traces])
+def test_examples(module: ModuleType) -> None:
+    found = doctest.testmod(module)
     assert (found.attempted > 0, found.failed) == (True, 0)
 
 
