@@ -61,6 +61,26 @@ def test_a_run_that_hangs_or_leaves_something_is_not_sound(wrong: dict[str, Any]
     assert not Outcome("asp", "auto", **wrong).sound
 
 
+@pytest.mark.parametrize(
+    ("kind", "victim", "elastic", "bearable"),
+    [
+        ("pause", "server", False, True),
+        ("garbage", "server", False, True),
+        ("kill", "rank 1", False, False),
+        ("kill", "rank 1", True, True),
+        ("drop", "rank 3", True, True),
+        ("hang", "rank 0", True, False),
+        ("segv", "server", True, False),
+    ],
+)
+def test_a_run_that_ends_where_it_should_go_on_is_not_sound(
+    kind: str, victim: str, elastic: bool, bearable: bool
+) -> None:
+    assert faults.is_bearable(kind, victim, elastic) == bearable
+    for went_on in (True, False):
+        assert Outcome("asp", "auto", [Fault(kind, victim, went_on, bearable)]).sound == (went_on or not bearable)
+
+
 def test_the_same_seed_plans_the_same_faults_and_as_many_as_asked_for() -> None:
     def planned(seed: int, kinds: tuple[str, ...] = faults.KINDS) -> list[tuple[str, Any]]:
         return faults.plan(25, random.Random(seed), list(faults.PARADIGMS), list(kinds), 4)
@@ -76,12 +96,22 @@ def test_the_same_seed_plans_the_same_faults_and_as_many_as_asked_for() -> None:
 
 def test_the_report_has_all_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(faults, "RESULTS", tmp_path)
-    injected = [Fault("kill", "rank 1", went_on=False), Fault("pause", "server", went_on=True)]
+    injected = [Fault("kill", "rank 1", went_on=False, bearable=True), Fault("pause", "server", went_on=True)]
     outcomes = [Outcome("asp", "auto", injected, 3, lost=2, doubled=1), Outcome("bsp", "tcp", left=["a", "b"])]
     faults.report(outcomes, seed=5, elastic=False)
     written = json.loads((tmp_path / "faults.json").read_text())
     assert written["total"] == {
-        **{"faults": 2, "runs": 2, "epochs": 3, "lost": 2, "doubled": 1, "wrong": 0, "hangs": 0, "leftovers": 2}
+        **{
+            "faults": 2,
+            "runs": 2,
+            "epochs": 3,
+            "lost": 2,
+            "doubled": 1,
+            "wrong": 0,
+            "ended": 1,
+            "hangs": 0,
+            "leftovers": 2,
+        }
     }
     assert written["kinds"]["kill"] == {"injected": 1, "went on": 0, "started anew": 1}
     assert "faults 2, runs 2, epochs 3, lost 2, doubled 1" in capsys.readouterr().out
