@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -142,19 +143,19 @@ class Division:
     plan: Plan
     workers: int
 
-    @property
+    @cached_property
     def _full(self) -> int:
         return (self.plan.steps - 1) * self.workers
 
-    @property
+    @cached_property
     def _rest(self) -> int:
         return self.plan.batches - self._full * self.plan.each
 
-    @property
+    @cached_property
     def _size(self) -> int:
         return min(self.plan.each, self._rest // self.workers)
 
-    @property
+    @cached_property
     def leases(self) -> int:
         """How many there are."""
         return self._full - (-self._rest // self._size)
@@ -202,6 +203,7 @@ class EpochLeases(Leases):
     def __init__(self, workers: int, allows: Callable[[int, int], bool] = lambda lease, oldest: True) -> None:
         self._workers, self._allows = workers, allows
         self._division: Division | None = None
+        self._end = 0  # how many leases of it there are until the next meeting
         self._fresh = 0  # the first that nobody has had
         self._returned: deque[int] = deque()
         self._kept: dict[int, deque[int]] = {}  # for which member, in the order in which it gets them
@@ -237,10 +239,6 @@ class EpochLeases(Leases):
         return self._end - self._fresh + len(self._returned) + self._kept_count
 
     @property
-    def _end(self) -> int:
-        return 0 if self._division is None else self._division.end(self._division.plan.until)
-
-    @property
     def step(self) -> int:
         """How far the epoch is, in steps of every worker, the one that has begun included.
 
@@ -264,6 +262,7 @@ class EpochLeases(Leases):
         elif replace(before, until=plan.until) != plan or plan.until < before.until:
             raise ValueError(f"{plan} does not follow {before}: all must have the same batches per epoch")
         self._division = Division(plan, self._workers)
+        self._end = self._division.end(plan.until)
         self._owed = set(members)
         self._owed_line = OrderedDict.fromkeys(member for member in self._line if member in self._owed)
 
