@@ -8,10 +8,11 @@ from __future__ import annotations
 from lightning_stale.simulation.choice import Choice, choose
 from lightning_stale.simulation.cluster import Cluster
 from lightning_stale.simulation.ddp import run_ddp
+from lightning_stale.simulation.log import read_log
 from lightning_stale.simulation.outcome import Outcome
 from lightning_stale.simulation.run import run
 from lightning_stale.simulation.setting import Setting, usual
-from lightning_stale.simulation.step_times import StepTimes, draw, read_log
+from lightning_stale.simulation.step_times import StepTimes, draw
 
 __all__ = [
     "Choice",

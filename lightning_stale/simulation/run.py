@@ -7,7 +7,6 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from enum import IntEnum
 
 from lightning_stale.coordinator.coordinator import Coordinator
 from lightning_stale.coordinator.leases import EpochLeases, Grant, Plan
@@ -30,15 +29,12 @@ from lightning_stale.simulation.outcome import Outcome
 from lightning_stale.simulation.setting import Setting
 from lightning_stale.simulation.step_times import StepTimes
 
-
-class _Kind(IntEnum):
-    """What happens to a worker. At equal times, workers come in their order, and each in this one."""
-
-    ARRIVES = 0  # at the meeting after the epoch
-    PUSHES = 1  # its gradient is before the server
-    APPLIES = 2  # the server has taken its gradient
-    DIES = 3
-    RETURNS = 4
+# What happens to a worker. At equal times, workers come in their order, and each in this one.
+ARRIVES = 0  # at the meeting after the epoch
+PUSHES = 1  # its gradient is before the server
+APPLIES = 2  # the server has taken its gradient
+DIES = 3
+RETURNS = 4
 
 
 def run(
@@ -101,7 +97,7 @@ class _Run:
             on_loss="go on" if self.on_demand else "end",
         )
         self.work: list[Iterator[float]] = [itertools.cycle(each) for each in times.of]
-        self.events: list[tuple[float, int, _Kind, int]] = []  # time, worker, kind, generation
+        self.events: list[tuple[float, int, int, int]] = []  # time, worker, kind, generation
         self.now = 0.0
         self.epoch = -1
         self.generation = [1] * workers
@@ -135,24 +131,23 @@ class _Run:
             if generation == self.generation[worker]:
                 self.happen(worker, kind)
 
-    def happen(self, worker: int, kind: _Kind) -> None:
-        match kind:
-            case _Kind.PUSHES:
-                taken = self.updates.take(self.inward.take(self.now, self.cluster.server_link_s), self.cluster.update_s)
-                if taken > self.now:
-                    self._later(taken, worker, _Kind.APPLIES)
-                else:
-                    self.push(worker)
-            case _Kind.APPLIES:
+    def happen(self, worker: int, kind: int) -> None:
+        if kind == PUSHES:
+            taken = self.updates.take(self.inward.take(self.now, self.cluster.server_link_s), self.cluster.update_s)
+            if taken > self.now:
+                self._later(taken, worker, APPLIES)
+            else:
                 self.push(worker)
-            case _Kind.ARRIVES:
-                place = f"the end of epoch {self.epoch}"
-                self.hear(self.coordinator.handle(Arrive(worker, self.generation[worker], place), self.now))
-            case _Kind.DIES:
-                self.die(worker)
-            case _Kind.RETURNS:
-                message = Join(worker, process=worker, anew=True, ticket=worker)
-                self.hear(self.coordinator.handle(message, self.now))
+        elif kind == APPLIES:
+            self.push(worker)
+        elif kind == ARRIVES:
+            place = f"the end of epoch {self.epoch}"
+            self.hear(self.coordinator.handle(Arrive(worker, self.generation[worker], place), self.now))
+        elif kind == DIES:
+            self.die(worker)
+        else:
+            message = Join(worker, process=worker, anew=True, ticket=worker)
+            self.hear(self.coordinator.handle(message, self.now))
 
     # --- what workers do ----------------------------------------------------------------------------------------------
 
@@ -189,7 +184,7 @@ class _Run:
         ready = max(self.now, self.updates.until) if self.paradigm.averages else self.now
         begins = self.outward.take(ready, self.cluster.server_link_s) + self.cluster.one_way_s
         if grant.over if grant is not None else self.left[worker] == 0:
-            self._later(begins, worker, _Kind.ARRIVES)
+            self._later(begins, worker, ARRIVES)
             return
         if grant is not None:
             self.lease[worker] = grant.lease
@@ -197,7 +192,7 @@ class _Run:
             self.left[worker] -= 1
         seconds = next(self.work[worker])
         self.computed += seconds
-        self._later(begins + seconds + self.cluster.one_way_s, worker, _Kind.PUSHES)
+        self._later(begins + seconds + self.cluster.one_way_s, worker, PUSHES)
 
     def next_epoch(self) -> None:
         self.epoch += 1
@@ -221,7 +216,7 @@ class _Run:
     def _may_die(self, worker: int) -> None:
         if self.cluster.deaths_per_hour:
             after = self.random.expovariate(self.cluster.deaths_per_hour / 3600)
-            self._later(self.now + after, worker, _Kind.DIES)
+            self._later(self.now + after, worker, DIES)
 
     def die(self, worker: int) -> None:
         generation = self.generation[worker]
@@ -230,7 +225,7 @@ class _Run:
         self.died[worker] = self.now
         back = self.now + self.cluster.back_after_s
         if back != float("inf"):
-            heapq.heappush(self.events, (back, worker, _Kind.RETURNS, -generation))
+            heapq.heappush(self.events, (back, worker, RETURNS, -generation))
         self.hear(self.coordinator.handle(Lose(worker, generation), self.now))
 
     def come_back(self, worker: int, generation: int) -> None:
@@ -239,7 +234,7 @@ class _Run:
         self._may_die(worker)
         self.hear(self.coordinator.handle(Request(worker, generation), self.now))
 
-    def _later(self, at: float, worker: int, kind: _Kind) -> None:
+    def _later(self, at: float, worker: int, kind: int) -> None:
         heapq.heappush(self.events, (at, worker, kind, self.generation[worker]))
 
     # --- the end ------------------------------------------------------------------------------------------------------

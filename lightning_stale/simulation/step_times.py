@@ -1,15 +1,12 @@
-"""How long the steps of each worker take: from a log, or drawn from distributions."""
+"""How long the steps of each worker take, and how to draw such times."""
 
 from __future__ import annotations
 
-import csv
-import gzip
 import math
 import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -67,57 +64,6 @@ class StepTimes:
         """How many times slower than their median the slowest worker is."""
         means = [statistics.fmean(each) for each in self.of]
         return max(means) / statistics.median(means)
-
-
-def read_log(path: str | Path, *, job: str | None = None, column: str = "compute_s") -> StepTimes:
-    """Read a CSV file (or ``.csv.gz``) with a line per worker and step.
-
-    Args:
-        path: its first line names the columns; ``worker``, ``step`` and ``column`` must be there. If there is a
-            ``stage``, the time of a worker in a step is that of its slowest stage. Steps that not all workers have
-            are left out.
-        job: the lines of it only, where there is a column ``job``. May be left out if there is one job.
-        column: the one with the seconds.
-
-    Raises:
-        ValueError: if a column or the job is not there, or a time is no number.
-    """
-    path = Path(path)
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", newline="") as file:
-        rows = csv.DictReader(file)
-        names = rows.fieldnames or []
-        missing = [name for name in ("worker", "step", column) if name not in names]
-        if missing:
-            raise ValueError(
-                f"{path} has no column {missing[0]!r}, but {names}: name the one with the seconds, --column"
-            )
-        jobs: set[str] = set()
-        times: dict[str, dict[str, float]] = {}
-        for number, row in enumerate(rows, start=2):
-            of = row.get("job", "")
-            jobs.add(of)
-            if job not in (None, of):
-                continue
-            try:
-                seconds = float(row[column])
-            except (TypeError, ValueError):
-                raise ValueError(f"{path}:{number}: {column}={row[column]!r} is no number of seconds") from None
-            mine = times.setdefault(row["worker"], {})
-            mine[row["step"]] = max(mine.get(row["step"], 0.0), seconds)
-    if job is None and len(jobs) > 1:
-        raise ValueError(f"{path} holds the jobs {', '.join(sorted(jobs))}: choose one, e.g. --job {min(jobs)}")
-    if not times:
-        raise ValueError(f"{path} has no step of job {job!r}: it holds {', '.join(map(repr, sorted(jobs))) or 'none'}")
-    shared = set.intersection(*(set(mine) for mine in times.values()))
-    workers = sorted(times, key=_in_order)
-    steps = sorted(shared, key=_in_order)
-    name = f"{path.name}, {job}" if job else path.name
-    return StepTimes(name, tuple(tuple(times[worker][step] for step in steps) for worker in workers))
-
-
-def _in_order(text: str) -> tuple[float, str]:
-    return (float(text), text) if text.strip().isdigit() else (math.inf, text)
 
 
 def draw(
