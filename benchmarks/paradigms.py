@@ -38,7 +38,7 @@ CASES: dict[str, tuple[Callable[[], Paradigm], bool]] = {  # whether data is han
     "bounded-delay, on demand": (BoundedDelay, True),
     "bounded-delay('auto'), on demand": (lambda: BoundedDelay("auto"), True),
 }
-COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999", "#F0E442"]
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999", "#882255"]
 MARKERS = "os^Dv<>PX"
 
 
@@ -139,7 +139,7 @@ def _draw(path: Path, results: dict[str, dict[int, float]], workers: list[int]) 
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for (name, times), colour, marker in zip(results.items(), ["#BBBBBB", *COLOURS], f"_{MARKERS}", strict=False):
         axes.plot(workers, [1e6 * times[n] for n in workers], color=colour, marker=marker, label=name)
-    axes.set(xscale="log", xlabel="workers", ylabel="microseconds per push", ylim=(0, None))
+    axes.set(xscale="log", yscale="log", xlabel="workers", ylabel="microseconds per push (processor time)")
     axes.set_title("What a push costs in decisions")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", fontsize="small", frameon=False)

@@ -33,24 +33,33 @@ def waiting_share(durations: Sequence[Sequence[float]], delay: int) -> float:
         0.17
     """
     slowest = 0  # and so before the others wherever times are equal, which needs the larger delay
-    work = [itertools.cycle(each) for each in sorted(durations, key=lambda each: -sum(each) / len(each))]
+    in_order = sorted(durations, key=lambda each: -sum(each) / len(each))
+    work = [itertools.cycle(each).__next__ for each in in_order]
     free = [(0.0, worker) for worker in range(len(work))]
     ended: list[float] = []  # when all leases up to this one have
     latest = waited = worked = 0.0
-    rounds, steady = 0, False
-    while rounds < ROUNDS:
-        since, worker = free[0]
-        lease = len(ended)
-        begin = max(since, ended[lease - delay]) if lease >= delay else since
-        duration = next(work[worker])
-        heapq.heapreplace(free, (begin + duration, worker))
-        latest = max(latest, begin + duration)
+    for _ in range(delay):  # nobody waits for these
+        begin, worker = free[0]
+        end = begin + work[worker]()
+        heapq.heapreplace(free, (end, worker))
+        latest = max(latest, end)
         ended.append(latest)
-        if steady:
+    rounds = -1
+    for before in ended:  # grows as it goes on
+        since, worker = free[0]
+        begin = max(since, before)
+        duration = work[worker]()
+        end = begin + duration
+        heapq.heapreplace(free, (end, worker))
+        latest = max(latest, end)
+        ended.append(latest)
+        if rounds >= 0:
             waited += begin - since
             worked += duration
-            rounds += worker == slowest
-        steady = steady or (worker == slowest and lease >= delay)
+        if worker == slowest:
+            rounds += 1
+            if rounds == ROUNDS:
+                break
     total = waited + worked
     return waited / total if total > 0 else 0.0
 

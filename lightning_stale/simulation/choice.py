@@ -56,10 +56,10 @@ def choose(ddp: Outcome, outcomes: Sequence[Outcome], max_staleness: int) -> Cho
     chosen = min(alike, key=lambda outcome: (outcome.mean_staleness, -outcome.rate))
     gain = chosen.rate / ddp.rate
     sentence = (
-        f"Choose {chosen.name}{' with data on demand' if chosen.data == 'on-demand' else ''}: {gain:.2f} times the "
-        f"samples/s of ddp, {chosen.efficiency:.0%} of what the workers could do alone, and 99 % of the gradients are "
-        f"at most {chosen.quantile(0.99)} updates stale (allowed: {max_staleness}); ddp is better if that staleness "
-        f"costs more than {gain:.2f} times the samples to the same accuracy, which no simulation of times can say."
+        f"Choose {chosen.name}: {gain:.2f} times the samples/s of ddp, {chosen.efficiency:.0%} of what the workers "
+        f"could do alone, and 99 % of the gradients are at most {chosen.quantile(0.99)} updates stale (allowed: "
+        f"{max_staleness}); ddp is better if that staleness costs more than {gain:.2f} times the samples to the same "
+        "accuracy, which no simulation of times can say."
     )
     return Choice(chosen, gain, sentence)
 
