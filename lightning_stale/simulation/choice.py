@@ -56,17 +56,17 @@ def choose(ddp: Outcome, outcomes: Sequence[Outcome], max_staleness: int) -> Cho
     chosen = min(alike, key=lambda outcome: (outcome.mean_staleness, -outcome.rate))
     gain = chosen.rate / ddp.rate
     sentence = (
-        f"Choose {chosen.name}: {gain:.2f} times the samples/s of ddp, {chosen.efficiency:.0%} of what the workers "
-        f"could do alone, and 99 % of the gradients are at most {chosen.quantile(0.99)} updates stale (allowed: "
-        f"{max_staleness}); ddp is better if that staleness costs more than {gain:.2f} times the samples to the same "
-        "accuracy, which no simulation of times can say."
+        f"Choose {chosen.name}: {gain:.2f} times the samples/s of ddp, {100 * chosen.efficiency:.0f} % of what the "
+        f"workers could do alone, and 99 % of the gradients are at most {chosen.quantile(0.99)} updates stale "
+        f"(allowed: {max_staleness}); ddp is better if that staleness costs more than {gain:.2f} times the samples to "
+        "the same accuracy, which no simulation of times can say."
     )
     return Choice(chosen, gain, sentence)
 
 
 def _keep_ddp(ddp: Outcome, outcomes: Sequence[Outcome], allowed: Sequence[Outcome], max_staleness: int) -> str:
     within = f"within {max_staleness} updates of staleness (99 %)"
-    sentence = f"Choose ddp: nothing {within} is {WORTH - 1:.0%} faster"
+    sentence = f"Choose ddp: nothing {within} is {100 * (WORTH - 1):.0f} % faster"
     if allowed:
         nearest = max(allowed, key=lambda outcome: outcome.rate)
         sentence += f" (the best is {nearest.name}, {nearest.rate / ddp.rate:.2f} times)"

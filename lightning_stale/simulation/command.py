@@ -24,6 +24,10 @@ from lightning_stale.simulation.setting import Setting, usual
 from lightning_stale.simulation.step_times import StepTimes, draw
 
 HELP = "predict what each paradigm makes of a cluster, from step times"
+LEGEND = (
+    "/ ddp, / own: samples/s over those of ddp, and over those of the workers, each\n"
+    "alone; staleness of gradients, in updates: mean, 99 %, max; server: how busy"
+)
 _EPILOG = """\
 Step times are those of a log (--log: a CSV file with the columns worker, step, compute_s), or drawn (--workers ...).
 
@@ -37,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description, parser.epilog = HELP, _EPILOG
     log = parser.add_argument_group("step times of a log")
-    log.add_argument("--log", type=Path, metavar="FILE", help="CSV, perhaps .gz, with the columns worker and step")
+    log.add_argument("--log", type=Path, nargs="+", metavar="FILE", help="CSV (.gz) with the columns worker and step")
     log.add_argument("--job", help="where the log has a column job: which one")
     log.add_argument("--column", default="compute_s", help="of the log, with the seconds (default: %(default)s)")
     drawn = parser.add_argument_group("step times that are drawn")
@@ -123,7 +127,9 @@ def simulate(options: argparse.Namespace) -> int:
         print(json.dumps(_as_json(times, cluster, ddp, outcomes, choice, max_staleness), indent=2))
     else:
         console = Console(width=80, highlight=False)
-        console.print(table(times, ddp, outcomes, choice))
+        console.print(f"{times.name}: {times.workers} workers, the slowest {times.slowest:.2f} times the median")
+        console.print(table(ddp, outcomes, choice))
+        console.print(LEGEND, end="\n\n")
         console.print(choice.sentence, markup=False)
     return 0
 
@@ -134,7 +140,7 @@ def _read(options: argparse.Namespace) -> tuple[StepTimes, Cluster, list[Setting
     if options.steps < 1 or options.epochs < 1:
         raise ValueError(f"--steps {options.steps} --epochs {options.epochs}: write at least one of each")
     if options.log is not None:
-        times = read_log(options.log, job=options.job, column=options.column)
+        times = read_log(*options.log, job=options.job, column=options.column)
     else:
         times = draw(
             options.workers,
@@ -162,14 +168,9 @@ def _read(options: argparse.Namespace) -> tuple[StepTimes, Cluster, list[Setting
     return times, cluster, settings, 3 * times.workers if options.max_staleness is None else options.max_staleness
 
 
-def table(times: StepTimes, ddp: Outcome, outcomes: Sequence[Outcome], choice: Choice) -> Table:
+def table(ddp: Outcome, outcomes: Sequence[Outcome], choice: Choice) -> Table:
     """Return the comparison, 80 columns wide at most; the choice has an arrow."""
-    title = f"{times.name}: {times.workers} workers, the slowest {times.slowest:.2f} times the median"
-    caption = (
-        "/ ddp, / own: samples/s over those of ddp, and over those of the workers if each were alone; staleness of "
-        "gradients in updates: mean, 99 %, max; server: how busy"
-    )
-    result = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    result = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     result.add_column("", overflow="fold")
     for heading in ("epoch", "/ ddp", "/ own", "waiting", "stale", "99 %", "max", "server"):
         result.add_column(heading, justify="right", no_wrap=True)

@@ -114,4 +114,4 @@ def draw(
 
     each = [*factors, *[1.0] * (workers - len(factors))]
     times = tuple(tuple(time(factor) for _ in range(steps)) for factor in each)
-    return StepTimes(f"{workers} workers, {1e3 * step_s:g} ms a step", times)
+    return StepTimes(f"{1e3 * step_s:g} ms a step", times)

@@ -34,6 +34,7 @@ LAYERS = [
     {"coordinator", "transport", "events"},
     {"parameter_server", "averaging", "data", "pipeline", "launchers"},
     {"strategies", "callbacks", "simulation"},
+    {"__main__"},
 ]
 """From below. A package may import those of layers below its own; of its own layer, those that SIBLINGS names."""
 

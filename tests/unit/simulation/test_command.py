@@ -162,7 +162,7 @@ def test_the_fastest_within_the_bound_is_chosen(
     assert (choice.outcome.name, choice.gain) == (chosen, pytest.approx(gain))
     assert choice.sentence.startswith(f"Choose {chosen}:")
     if chosen == "ddp":
-        assert "is 5% faster" in choice.sentence
+        assert "is 5 % faster" in choice.sentence
     else:
         assert f"ddp is better if that staleness costs more than {gain:.2f} times the samples" in choice.sentence
     if outcomes and outcomes[0][2] > 12 and chosen == "ddp":
