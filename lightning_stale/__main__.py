@@ -1,4 +1,4 @@
-"""``python -m lightning_stale run ... train.py``: again when it fails; ``join ... train.py``: a fit that runs."""
+"""``python -m lightning_stale run | join | simulate``: a script again when it fails; a fit that runs; a prediction."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from lightning_stale.launchers.replacements import JOIN
+from lightning_stale.simulation import command as simulation
 from lightning_stale.supervisor import become_supervisor
 from lightning_stale.transport import invitation, secret
 from lightning_stale.transport.introduction import Introduction
@@ -17,10 +18,12 @@ from lightning_stale.transport.secret import SecretError
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Find the fit, and become the script, which takes part in it as a further worker."""
+    """Do what is asked for; to join, find the fit and become the script, which takes part as a further worker."""
     given = sys.argv[1:] if arguments is None else arguments
     if given[:1] == ["run"]:
         become_supervisor(given[1:])
+    if given[:1] == ["simulate"]:
+        sys.exit(simulation.main(given[1:]))
     parser = argparse.ArgumentParser(
         "python -m lightning_stale",
         description="Join an elastic fit that runs (StaleSyncStrategy(elastic=True)) as a further worker, from this "
@@ -28,6 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("run", help="run a script, and again when it fails, from its newest checkpoint")
+    commands.add_parser("simulate", help="what each paradigm would make of a cluster, from step times")
     join = commands.add_parser("join", help="join an elastic fit that runs")
     join.add_argument("address", metavar="HOST:PORT", help="of rank 0, as it has printed it")
     join.add_argument(

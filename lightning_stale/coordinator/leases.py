@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import heapq
 from abc import ABC, abstractmethod
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -172,19 +174,19 @@ class Division:
     plan: Plan
     workers: int
 
-    @property
+    @cached_property
     def _full(self) -> int:
         return (self.plan.steps - 1) * self.workers
 
-    @property
+    @cached_property
     def _rest(self) -> int:
         return self.plan.batches - self._full * self.plan.each
 
-    @property
+    @cached_property
     def _size(self) -> int:
         return min(self.plan.each, self._rest // self.workers)
 
-    @property
+    @cached_property
     def leases(self) -> int:
         """How many there are."""
         return self._full - (-self._rest // self._size)
@@ -232,14 +234,19 @@ class EpochLeases(Leases):
     def __init__(self, workers: int, allows: Callable[[int, int], bool] = lambda lease, oldest: True) -> None:
         self._workers, self._allows = workers, allows
         self._division: Division | None = None
+        self._end = 0  # how many leases of it there are until the next meeting
         self._fresh = 0  # the first that nobody has had
         self._returned: deque[int] = deque()
         self._kept: dict[int, deque[int]] = {}  # for which member, in the order in which it gets them
-        self._held: dict[int, tuple[int, int]] = {}  # lease -> member, which one of the division
+        self._kept_count = 0
+        self._robbed: list[tuple[int, int, int]] | None = None  # a heap of who has most kept for it: -count, place
+        # ordered ones know their first at once, whatever has been taken out before it
+        self._held: OrderedDict[int, tuple[int, int]] = OrderedDict()  # lease -> member, which one of the division
         self._committed: set[int] = set()  # of the division, beyond those before _prefix
         self._prefix = 0  # so many from the first on are committed
-        self._line: list[int] = []  # who has asked and waits, oldest first
+        self._line: OrderedDict[int, None] = OrderedDict()  # who has asked and waits, oldest first
         self._owed: set[int] = set()  # who has had none since the last meeting
+        self._owed_line: OrderedDict[int, None] = OrderedDict()  # those of them that wait, oldest first
         self._next = 0
         self._parts: dict[int, Counter[int]] = {}  # of an open lease: its pushes by optimizer
         self._pushed: dict[int, Counter[int]] = {}  # the same of one of the division, whoever has held it
@@ -265,11 +272,7 @@ class EpochLeases(Leases):
     @property
     def left(self) -> int:
         """How many leases nobody has, until the next meeting."""
-        return self._end - self._fresh + len(self._returned) + sum(map(len, self._kept.values()))
-
-    @property
-    def _end(self) -> int:
-        return 0 if self._division is None else self._division.end(self._division.plan.until)
+        return self._end - self._fresh + len(self._returned) + self._kept_count
 
     @property
     def step(self) -> int:
@@ -295,7 +298,9 @@ class EpochLeases(Leases):
         elif replace(before, until=plan.until) != plan or plan.until < before.until:
             raise ValueError(f"{plan} does not follow {before}: all must have the same batches per epoch")
         self._division = Division(plan, self._workers)
+        self._end = self._division.end(plan.until)
         self._owed = set(members)
+        self._owed_line = OrderedDict.fromkeys(member for member in self._line if member in self._owed)
 
     def of(self, member: int) -> list[int]:
         return [lease for lease, (holder, _) in self._held.items() if holder == member]
@@ -303,7 +308,9 @@ class EpochLeases(Leases):
     def request(self, member: int) -> Grants:
         if member in self._line:
             raise ValueError(f"worker {member} asks for a batch while it waits for one")
-        self._line.append(member)
+        self._line[member] = None
+        if member in self._owed:
+            self._owed_line[member] = None
         return self.serve()
 
     def stale(self, member: int, leases: Sequence[int]) -> int | None:
@@ -326,9 +333,11 @@ class EpochLeases(Leases):
         return self.serve() if leases else []
 
     def take_back(self, member: int) -> Grants:
-        mine = [*self._kept.pop(member, ()), *(self._let_go(lease) for lease in self.of(member))]
+        kept = self._kept.pop(member, ())
+        self._kept_count -= len(kept)
+        mine = [*kept, *(self._let_go(lease) for lease in self.of(member))]
         self._returned.extendleft(sorted(mine, reverse=True))
-        self._line = [waiting for waiting in self._line if waiting != member]
+        self._leave_line(member)
         self._owed.discard(member)
         return self.serve()
 
@@ -371,12 +380,32 @@ class EpochLeases(Leases):
 
     def serve(self) -> Grants:
         grants: Grants = []
-        for member in list(self._line):
-            grant = self._grant(member)
-            if grant is not None:
-                self._line.remove(member)
-                grants.append((member, grant))
-        return grants
+        while True:
+            for member in (self._first_in_line(), self._waits_for_itself()):
+                grant = None if member is None else self._grant(member)
+                if member is not None and grant is not None:
+                    self._leave_line(member)
+                    grants.append((member, grant))
+                    break
+            else:
+                return grants
+
+    def _waits_for_itself(self) -> int | None:
+        """Return who waits in line and has the oldest open lease itself, whose gradient it keeps for a later push."""
+        oldest = next(iter(self._held), None)
+        if oldest is None or oldest not in self._kept_back:
+            return None
+        holder = self._held[oldest][0]
+        return holder if holder in self._line else None
+
+    def _first_in_line(self) -> int | None:
+        """Return who is granted something before all others who wait; if it is not, nobody is."""
+        only_owed = 0 < self.left <= len(self._owed)
+        return next(iter(self._owed_line if only_owed else self._line), None)
+
+    def _leave_line(self, member: int) -> None:
+        self._line.pop(member, None)
+        self._owed_line.pop(member, None)
 
     def _kept_from(self, member: int) -> int:
         """How many leases are for others, who have had none; among these who comes first gets one, if it is too few."""
@@ -389,8 +418,8 @@ class EpochLeases(Leases):
             end = self._division.plan.batches
             return Grant(NONE_LEFT, end, end, self.step, (), *self._optimizer_steps)
         oldest = next(iter(self._held), self._next)
-        waits_for_itself = oldest in self._kept_back and self._held[oldest][0] == member
-        if self.left <= self._kept_from(member) or not (waits_for_itself or self._allows(self._next, oldest)):
+        own = self._waits_for_itself() == member
+        if self.left <= self._kept_from(member) or not (own or self._allows(self._next, oldest)):
             return None
         assert self._division is not None
         lease, self._next = self._next, self._next + 1
@@ -409,16 +438,39 @@ class EpochLeases(Leases):
     def _take(self, member: int) -> int:
         """Return which one ``member`` gets: what is kept for it, what nobody has, or another's that begins it last."""
         if self._kept.get(member):
+            self._kept_count -= 1
             return self._kept[member].popleft()
         if self._untouched:
             return self._pop()
-        return max(self._kept.values(), key=len).pop()
+        self._kept_count -= 1
+        return self._rob().pop()
 
     def _keep(self, member: int, count: int) -> Iterable[int]:
         kept = self._kept.setdefault(member, deque())
         while len(kept) < count and self._untouched:
             kept.append(self._pop())
+            self._kept_count += 1
+            self._robbed = None
         return kept
+
+    def _rob(self) -> deque[int]:
+        """Return what is kept for who has most of it; of several, for the first for whom something was.
+
+        While nobody gets more, the heap made at first stays right but for who has less by now.
+        """
+        if self._robbed is None:
+            each = enumerate(self._kept.items())
+            self._robbed = [(-len(kept), place, member) for place, (member, kept) in each if kept]
+            heapq.heapify(self._robbed)
+        while True:
+            count, place, member = self._robbed[0]
+            kept = self._kept.get(member)
+            if kept and len(kept) == -count:
+                return kept
+            if kept:
+                heapq.heapreplace(self._robbed, (-len(kept), place, member))
+            else:
+                heapq.heappop(self._robbed)
 
     @property
     def _untouched(self) -> bool:

@@ -7,6 +7,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from lightning_stale.paradigms.clocks import Clocks
+from lightning_stale.paradigms.waiting import Waiting
+
 
 class Paradigm(ABC):
     """Decides when a worker that has pushed a gradient gets its OK.
@@ -116,8 +119,8 @@ class ClockGate(Paradigm):
     bound: float = math.inf
 
     def __init__(self) -> None:
-        self._clocks: dict[int, int] = {}
-        self._waiting: list[int] = []
+        self._clocks = Clocks()
+        self._waiting = Waiting()
         self._last_clock = 0
 
     @property
@@ -128,36 +131,41 @@ class ClockGate(Paradigm):
         """See :meth:`Paradigm.join`; where nobody is present, the clock goes on from the largest one so far."""
         if worker in self._clocks:
             raise ValueError(f"worker {worker} joined twice; it must leave before it joins again")
-        self._clocks[worker] = min(self._clocks.values(), default=self._last_clock)
+        self._clocks.join(worker, self._clocks.smallest if self._clocks else self._last_clock)
 
     def push(self, worker: int, now: float) -> list[int]:
         if worker not in self._clocks:
             raise ValueError(f"worker {worker} pushed without having joined; present: {sorted(self._clocks)}")
         if worker in self._waiting:
             raise ValueError(f"worker {worker} pushed while it waits for the OK of its last push")
-        self._clocks[worker] += 1
-        self._last_clock = max(self._last_clock, self._clocks[worker])
+        clock = self._clocks.advance(worker)
+        self._last_clock = max(self._last_clock, clock)
         if self._opens(worker, now):
             return [worker, *self._open_waiting(now)]
         released = self._open_waiting(now)
-        self._waiting.append(worker)
+        self._waiting.add(worker, clock)
         return released
 
     def leave(self, worker: int, now: float) -> list[int]:
         if worker not in self._clocks:
             raise ValueError(f"worker {worker} left without having joined; present: {sorted(self._clocks)}")
-        del self._clocks[worker]
-        if worker in self._waiting:
-            self._waiting.remove(worker)
+        self._clocks.leave(worker)
+        self._waiting.drop(worker)
         return self._open_waiting(now)
 
     def state_dict(self) -> dict[str, Any]:
         return {"clocks": dict(self._clocks), "waiting": list(self._waiting), "last_clock": self._last_clock}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._clocks = {int(worker): int(clock) for worker, clock in state["clocks"].items()}
-        self._waiting = [int(worker) for worker in state["waiting"]]
+        self._clocks, self._waiting = Clocks(), Waiting()
+        for worker, clock in state["clocks"].items():
+            self._clocks.join(int(worker), int(clock))
+        for worker in state["waiting"]:
+            self._waiting.add(int(worker), self._clocks[int(worker)])
         self._last_clock = int(state["last_clock"])
+
+    def lead(self, worker: int) -> int:
+        return self._clocks[worker] - self._clocks.smallest
 
     def _opens(self, worker: int, now: float) -> bool:
         """Whether the gate is open for ``worker``, which has just pushed."""
@@ -167,9 +175,7 @@ class ClockGate(Paradigm):
         return self.lead(worker) <= self.bound
 
     def _open_waiting(self, now: float) -> list[int]:
-        released = [worker for worker in self._waiting if self._within_bound(worker)]
-        self._waiting = [worker for worker in self._waiting if worker not in released]
-        return released
+        return self._waiting.release(self._clocks.smallest + self.bound)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"

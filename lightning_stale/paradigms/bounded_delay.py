@@ -89,6 +89,7 @@ class BoundedDelay(ClockGate):
         self._begun: dict[int, float] = {}
         self._durations: dict[int, deque[float]] = {}
         self._commits = 0  # since the delay was last looked for
+        self._known = 0  # of how many of those present enough is known
 
     @property
     def delay(self) -> int:
@@ -116,13 +117,20 @@ class BoundedDelay(ClockGate):
         begun = self._begun.pop(worker, None)
         if begun is None:
             return
-        self._durations.setdefault(worker, deque(maxlen=KEPT)).append(now - begun)
+        durations = self._durations.setdefault(worker, deque(maxlen=KEPT))
+        durations.append(now - begun)
+        self._known += worker in self._clocks and len(durations) == ENOUGH
         self._commits += 1
         if self._commits >= 4 * self._workers:
             self._adapt()
 
+    def join(self, worker: int, now: float) -> None:
+        super().join(worker, now)
+        self._known += self._knows(worker)
+
     def leave(self, worker: int, now: float) -> list[int]:
         released = super().leave(worker, now)
+        self._known -= self._knows(worker)
         self._begun.pop(worker, None)
         return released
 
@@ -158,6 +166,7 @@ class BoundedDelay(ClockGate):
         if self.auto and adaptation is not None:
             self._found, self._commits = adaptation["delay"], adaptation["commits"]
             self._durations = {int(w): deque(each, maxlen=KEPT) for w, each in adaptation["durations"].items()}
+        self._known = sum(map(self._knows, self._clocks))
 
     def _change_thresholds(self, now: float, thresholds: Mapping[str, int]) -> list[int]:
         """From now on the delay is this one; nothing adapts it any more."""
@@ -166,7 +175,7 @@ class BoundedDelay(ClockGate):
         self._found = None
         self._begun.clear()
         self._durations.clear()
-        self._commits = 0
+        self._commits = self._known = 0
         return []
 
     @property
@@ -179,11 +188,14 @@ class BoundedDelay(ClockGate):
         upper = 8 * self._workers if self.upper is None else self.upper
         return (min(lower, upper), upper) if self.lower is None else (lower, max(lower, upper))
 
+    def _knows(self, worker: int) -> bool:
+        return len(self._durations.get(worker, ())) >= ENOUGH
+
     def _adapt(self) -> None:
         """Look for the delay, once there is something known of everybody present."""
-        durations = [self._durations.get(worker, ()) for worker in sorted(self._clocks)]
-        if not durations or any(len(each) < ENOUGH for each in durations):
+        if not self._clocks or self._known < len(self._clocks):
             return
+        durations = [self._durations[worker] for worker in sorted(self._clocks)]
         lower, upper = self._limits
         self._found = smallest_delay(durations, lower=lower, upper=upper, waiting=self.waiting, start=self.delay)
         self._commits = 0

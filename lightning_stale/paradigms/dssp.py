@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import math
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -53,6 +56,10 @@ class DSSP(ClockGate):
             raise ValueError(f"DSSP(enforce_upper={enforce_upper!r}): write True or False")
         self.enforce_upper = enforce_upper
         self._records: dict[int, _Record] = {}
+        self._places: dict[int, int] = {}  # of those present, in the order in which they joined
+        self._next_place = itertools.count()
+        self._slowest: list[tuple[float, int, int]] = []  # a heap of who has, or had, the clock below: last push, place
+        self._slowest_at = -1
 
     @classmethod
     def from_ssp(cls, threshold: int = 3, upper: int = 15, enforce_upper: bool = True) -> DSSP:
@@ -73,6 +80,7 @@ class DSSP(ClockGate):
     def join(self, worker: int, now: float) -> None:
         super().join(worker, now)
         self._records[worker] = _Record(released_at=now)
+        self._note_joined(worker)
 
     def push(self, worker: int, now: float) -> list[int]:
         record = self._records.get(worker)
@@ -84,7 +92,7 @@ class DSSP(ClockGate):
 
     def leave(self, worker: int, now: float) -> list[int]:
         released = self._note_release(super().leave(worker, now), now)
-        del self._records[worker]
+        del self._records[worker], self._places[worker]
         return released
 
     def controller(self, worker: int, now: float) -> int:
@@ -95,17 +103,43 @@ class DSSP(ClockGate):
         ``k`` wins, the smallest such ``i`` on ties. Zero while either has pushed fewer than twice.
         """
         fast = self._records[worker]
-        slowest = min(self._clocks, key=lambda p: (self._clocks[p], self._records[p].last_push))
-        slow = self._records[slowest]
+        slow = self._records[self._find_slowest()]
         if fast.pushes < 2 or slow.pushes < 2:
             return 0
         horizon = range(self.upper - self.lower + 1)
-        slow_pushes = [slow.last_push + (k + 1) * slow.interval for k in horizon]
+        slow_pushes = sorted(slow.last_push + (k + 1) * slow.interval for k in horizon)
 
         def wait(i: int) -> float:
-            return min(abs(slow_push - (now + i * fast.interval)) for slow_push in slow_pushes)
+            push = now + i * fast.interval
+            after = bisect_left(slow_pushes, push)
+            return min(abs(slow_push - push) for slow_push in slow_pushes[max(0, after - 1) : after + 1])
 
         return min(horizon, key=wait)
+
+    def _find_slowest(self) -> int:
+        """Return who has the smallest clock; of several, whose last push is oldest; of these, who joined first.
+
+        Who has the smallest clock has it until it pushes. So the heap of those is made once for each smallest clock,
+        who joins comes to it, and who has pushed or left is passed over.
+        """
+        clocks = self._clocks
+        if self._slowest_at != clocks.smallest:
+            self._slowest_at = clocks.smallest
+            self._slowest = [self._age(worker) for worker in clocks.slowest]
+            heapq.heapify(self._slowest)
+        while True:
+            _, place, worker = self._slowest[0]
+            if self._places.get(worker) == place and clocks[worker] == clocks.smallest:
+                return worker
+            heapq.heappop(self._slowest)
+
+    def _age(self, worker: int) -> tuple[float, int, int]:
+        return self._records[worker].last_push, self._places[worker], worker
+
+    def _note_joined(self, worker: int) -> None:
+        self._places[worker] = next(self._next_place)
+        if self._slowest_at == self._clocks[worker]:
+            heapq.heappush(self._slowest, self._age(worker))
 
     @property
     def thresholds(self) -> dict[str, int]:
@@ -128,6 +162,10 @@ class DSSP(ClockGate):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self._records = {int(worker): _Record(**record) for worker, record in state["records"].items()}
+        self._places.clear()
+        self._slowest_at = -1
+        for worker in self._clocks:
+            self._note_joined(worker)
 
     def _opens(self, worker: int, now: float) -> bool:
         record = self._records[worker]
@@ -136,7 +174,7 @@ class DSSP(ClockGate):
             return True
         if self._within_bound(worker):
             return True
-        if self._clocks[worker] < max(self._clocks.values()):
+        if self._clocks[worker] < self._clocks.largest:
             return False
         grant = self.controller(worker, now)
         if self.enforce_upper:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import re
 import shlex
@@ -19,6 +20,7 @@ from omegaconf import DictConfig
 import lightning_stale
 from benchmarks import pages
 from docs.docstrings import as_markdown
+from lightning_stale.simulation.command import add_arguments
 from recipes import schemas  # noqa: F401 - of the configs
 from tests.pages import PAGES, ROOT, Snippet, anchors, commands, links, snippets
 
@@ -60,6 +62,10 @@ def check_command(words: list[str], folder: Path) -> None:
         case ["python", "-m", "lightning_stale", "run", "--max-restarts", count, script, *_]:
             assert count.isdigit()
             assert script == "train.py", "the reader's"
+        case ["python", "-m", "lightning_stale", "simulate", *arguments]:
+            parser = argparse.ArgumentParser(exit_on_error=False)
+            add_arguments(parser)
+            parser.parse_args(arguments)
         case ["python", "recipes/compare.py", "outputs/quickstart" | "outputs/2026-01-31/12-00-00"]:
             pass
         case [program, *_] if program in NOT_OURS:

@@ -33,7 +33,7 @@ LAYERS = [
     {"paradigms"},
     {"coordinator", "transport", "events"},
     {"parameter_server", "averaging", "data", "pipeline", "launchers"},
-    {"strategies", "callbacks"},
+    {"strategies", "callbacks", "simulation"},
     {"__main__"},
 ]
 """From below. A package may import those of layers below its own; of its own layer, those that SIBLINGS names."""
@@ -46,7 +46,7 @@ SIBLINGS: dict[tuple[str, str], str] = {
 CYCLE_EXCEPTIONS: dict[tuple[str, str], str] = {}
 """Imports that are left out when cycles are looked for."""
 
-NO_TORCH = {"paradigms", "coordinator", "events"}
+NO_TORCH = {"paradigms", "coordinator", "events", "simulation"}
 HEAVY = {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "torchmetrics", "numpy"}
 MAY_IMPORT = {  # of the rest of the world, besides Python's own modules; who is not here may import anything
     "paradigms": set[str](),
@@ -55,6 +55,7 @@ MAY_IMPORT = {  # of the rest of the world, besides Python's own modules; who is
     "lifeline": set[str](),
     "supervisor": set[str](),
     "coordinator": {"msgpack", "zmq"},
+    "simulation": {"rich", "matplotlib"},
 }
 PURE = [
     "paradigms",
@@ -63,11 +64,13 @@ PURE = [
     *(f"coordinator.{name}" for name in ("coordinator", "membership", "meetings", "leases", "messages")),
     "pipeline.schedule",
     "pipeline.staleness",
+    *(f"simulation.{name}" for name in ("run", "ddp", "cluster", "step_times", "outcome", "setting", "choice")),
 ]
 """Modules and packages of decisions: no socket, no clock, no thread, no torch."""
 PURE_STANDARD = {
     "__future__",
     "abc",
+    "bisect",
     "collections",
     "dataclasses",
     "enum",
@@ -75,6 +78,8 @@ PURE_STANDARD = {
     "heapq",
     "itertools",
     "math",
+    "random",  # of a given seed
+    "statistics",
     "traceback",
     "typing",
 }
