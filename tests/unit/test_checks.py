@@ -275,6 +275,9 @@ def test_before_fit_the_summary_has_the_thresholds_of_the_next() -> None:
         "thresholds": {"delay": 5},
         "apply": "Plain()",
         "updates": 0,
+        "joins": 0,
+        "leaves": 0,
+        "taken_back": 0,
         "phases": [],
         "workers": [],
     }
