@@ -194,6 +194,8 @@ def test_values_reach_the_constructors(tmp_path: Path) -> None:
             "'much' of type 'str' could not",
         ),
         (["+trainer/strategy=hpsgd", "trainer.strategy.data=shards"], "Key 'data' not in 'HPSGDStrategy'"),
+        (["+trainer/strategy=hpsgd", "trainer.strategy.elastic=true"], "Key 'elastic' not in 'HPSGDStrategy'"),
+        (["+trainer/strategy=dsp", "trainer.strategy.elastic=true"], "Key 'elastic' not in 'DSPStrategy'"),
         (["+trainer/strategy=hpsgd", "+adaptation=dssp"], "adaptation_dssp.*Key 'paradigm' not in 'HPSGDStrategy'"),
         (["+trainer/strategy=asp", "+apply=ringmaster", "trainer.strategy.apply.r=8"], "Key 'r' not in 'Ringmaster'"),
         (["+trainer/strategy=asp", "+apply=ringmaster", "trainer.strategy.apply.R=2.5"], "not be converted to Integer"),
