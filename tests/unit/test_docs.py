@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 import lightning_stale
 from benchmarks import pages
 from docs.docstrings import as_markdown
+from lightning_stale.__main__ import main as lightning_stale_main
 from recipes import schemas  # noqa: F401 - of the configs
 from tests.pages import PAGES, ROOT, Snippet, anchors, commands, links, snippets
 
@@ -60,6 +61,10 @@ def check_command(words: list[str], folder: Path) -> None:
         case ["python", "-m", "lightning_stale", "run", "--max-restarts", count, script, *_]:
             assert count.isdigit()
             assert script == "train.py", "the reader's"
+        case ["python", "-m", "lightning_stale", "join", _, "--secret", _, "--", "train.py", *_]:
+            with pytest.raises(SystemExit) as ended:
+                lightning_stale_main(words[3:])
+            assert ended.value.code == 1, "its secret cannot be read here; 2 is for arguments that it does not know"
         case ["python", "recipes/compare.py", "outputs/quickstart" | "outputs/2026-01-31/12-00-00"]:
             pass
         case [program, *_] if program in NOT_OURS:
