@@ -64,7 +64,7 @@ class DSPStrategy(StaleStrategy):
         **kwargs: those of :class:`~lightning_stale.strategies.base.StaleStrategy`.
 
     Raises:
-        ValueError: for values that make no pipeline, with what to write.
+        ValueError: for values that make no pipeline, with what to write; for ``elastic=``, which needs whole replicas.
 
     Example::
 

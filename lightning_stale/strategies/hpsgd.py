@@ -31,7 +31,8 @@ class HPSGDStrategy(StaleStrategy):
         **kwargs: those of :class:`~lightning_stale.strategies.base.StaleStrategy`.
 
     Raises:
-        ValueError: for an unknown merge rule, or an interval that is neither ``"auto"`` nor an integer >= 1.
+        ValueError: for an unknown merge rule, an interval that is neither ``"auto"`` nor an integer >= 1, or
+            ``elastic=``, which needs a parameter server.
         TypeError: for an ``outer_optimizer`` that cannot be called.
 
     Example::
