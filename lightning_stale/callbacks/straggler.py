@@ -85,7 +85,7 @@ class StragglerInjection(Callback):
         self.slowdown = slowdown
         self.step_s = step_s
         self.seed = seed
-        self._rank = 0
+        self._rank: int | None = None  # when it was set up: that of a Trainer is another one once a worker is lost
         self._random: dict[int, random.Random] = {}
         self._started = 0.0
         self._replayed: Counter[int] = Counter()  # steps of the trace, by rank
@@ -111,7 +111,7 @@ class StragglerInjection(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse factors of ranks that are not there, and ranks that are not in the trace."""
-        self._rank = trainer.global_rank  # that of a Trainer is another one once a worker is lost
+        self._rank = trainer.global_rank
         if self._rank >= trainer.world_size:
             return  # it joins a fit that runs, and knows nobody yet
         absent = sorted(rank for rank in self.factors if not 0 <= rank < trainer.world_size)
@@ -139,13 +139,16 @@ class StragglerInjection(Callback):
             return  # a batch takes one time of the trace, however many backward passes it has
         forward_s = time.perf_counter() - self._started
         step_s = (1 + _BACKWARD_OVER_FORWARD) * forward_s if self.step_s is None else self.step_s
-        time.sleep(self.delay_s(self._rank, step_s))
+        time.sleep(self.delay_s(self._rank_of(trainer), step_s))
         self._slept = True
         self._started = time.perf_counter()  # a further backward of the same batch counts from here
 
+    def _rank_of(self, trainer: Trainer) -> int:
+        return trainer.global_rank if self._rank is None else self._rank
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn where many steps were slower by themselves than in the trace."""
-        rank = self._rank
+        rank = self._rank_of(trainer)
         if self._late[rank] > _LATE * self._replayed[rank]:
             warnings.warn(
                 f"StragglerInjection: {self._late[rank]} of {self._replayed[rank]} steps of rank {rank} took longer by "

@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
 from torch.distributed import DistError
+from torch.distributed.distributed_c10d import Store
 
 from lightning_stale.elastic import Elastic
 from lightning_stale.launchers import ScriptLauncher
@@ -52,7 +53,7 @@ class JoinableStrategy(StaleStrategy):
     _newcomer: Newcomer | None = None
     _start: StartingPoint | None = None
     _run = ""
-    _invites = False
+    _store: Store | None = None  # while rank 0 invites others
 
     @property
     def _joins(self) -> _Joins:
@@ -156,8 +157,8 @@ class JoinableStrategy(StaleStrategy):
     def _invite(self, run: str) -> None:
         """Let others find the fit, and say on the screen how."""
         assert self.cluster_environment is not None
-        Invitation(run, os.environ.get("PL_GLOBAL_SEED")).post(of_torch.shared_store())
-        self._invites = True
+        self._store = of_torch.shared_store()  # the group over it may be gone when the run ends
+        Invitation(run, os.environ.get("PL_GLOBAL_SEED")).post(self._store)
         address, port = self.cluster_environment.main_address, self.cluster_environment.main_port
         command = ["python", "-m", "lightning_stale", "join", f"{address}:{port}"]
         command += ["--secret", str(self._host.secret_file), "--", *_script()]
@@ -182,10 +183,10 @@ class JoinableStrategy(StaleStrategy):
         super().teardown()
 
     def _end_joining(self) -> None:
-        if self._invites:
-            self._invites = False
-            with suppress(DistError, RuntimeError):  # the store may have ended with the run
-                invitation.withdraw(of_torch.shared_store())
+        if self._store is not None:
+            store, self._store = self._store, None
+            with suppress(DistError, RuntimeError):  # it may have ended with the run
+                invitation.withdraw(store)
         if self._newcomer is not None:
             self._newcomer = self._start = None
             has_joined()

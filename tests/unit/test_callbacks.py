@@ -297,7 +297,7 @@ def test_the_table_is_printed_at_the_end_if_wanted(print_summary: bool, capsys: 
 
 
 def test_a_factor_of_a_rank_that_is_not_there_is_refused() -> None:
-    trainer: Any = SimpleNamespace(world_size=2)
+    trainer: Any = SimpleNamespace(world_size=2, global_rank=0)
     StragglerInjection(factors={0: 2.0, 1: 2.0}).setup(trainer, None, "fit")  # type: ignore[arg-type]
     with pytest.raises(MisconfigurationException, match=r"no rank 2 among 2; write ranks from 0 to 1, or.*devices=3"):
         StragglerInjection(factors={2: 2.0}).setup(trainer, None, "fit")  # type: ignore[arg-type]

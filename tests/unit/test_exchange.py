@@ -44,8 +44,9 @@ class FakeClient:
         whole: bool,
         leases: Sequence[int],
         asks: bool,
+        commits: bool,
     ) -> None:
-        assert (leases, asks) == ((), False), "nobody hands out batches"
+        assert (leases, asks, commits) == ((), False, True), "nobody hands out batches"
         gradients = [self.gradients[p].clone() if u else None for p, u in zip(places, used, strict=True)]
         self.pushes.append({"optimizer": optimizer, "gradients": gradients, "options": options, "clip": clip})
 

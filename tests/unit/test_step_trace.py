@@ -148,7 +148,7 @@ def test_bad_arguments_are_refused(tmp_path: Path, arguments: dict[str, Any], te
 
 
 def set_up(callback: StragglerInjection, ranks: int, stage: str = "fit") -> None:
-    trainer: Any = SimpleNamespace(world_size=ranks)
+    trainer: Any = SimpleNamespace(world_size=ranks, global_rank=0)
     module: Any = None
     callback.setup(trainer, module, stage)
 
