@@ -81,6 +81,7 @@ class StaleSyncStrategy(StaleStrategy):
     transport: str = "auto"
     apply: Any = "plain"  # a name, or a rule; the group `apply` has one schema for each
     data: str = "auto"
+    elastic: Any = False  # or true, or a node whose _target_ is lightning_stale.Elastic
 
 
 @dataclass

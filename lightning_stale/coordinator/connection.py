@@ -181,8 +181,8 @@ class Connection:
     def _lost(self) -> ServerLostError:
         return ServerLostError(
             f"rank {self.rank} has lost the {self._name} ({self._address}, process {self._process}): it was killed or "
-            "has crashed. What it printed stands above; resume from the last checkpoint with "
-            "trainer.fit(ckpt_path=...)."
+            "has crashed (what it printed stands above; resume from the last checkpoint with "
+            "trainer.fit(ckpt_path=...)), or it has given this rank up, which gave no sign of life for too long"
         )
 
     # --- the end ----------------------------------------------------------------------------------------------------

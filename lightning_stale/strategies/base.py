@@ -149,8 +149,12 @@ class StaleStrategy(DDPStrategy):
 
     # --- set-up -----------------------------------------------------------------------------------------------------
 
-    def _configure_launcher(self) -> None:
+    def _check_environment(self) -> None:
+        """Refuse, before there is a launcher, to run where this strategy cannot."""
         refuse_environment(self.cluster_environment)
+
+    def _configure_launcher(self) -> None:
+        self._check_environment()
         current_job()  # ends what a job before this one has left: it looks as if torchrun had started this process
         super()._configure_launcher()
         if self.start_method == "popen":

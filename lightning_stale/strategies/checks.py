@@ -66,6 +66,47 @@ def check_notebook(works: bool, strategy: str, name: str) -> None:
         )
 
 
+def check_not_elastic(value: object, strategy: str, reason: str) -> None:
+    """Refuse ``elastic=`` where a run ends when a worker is lost, whatever is done.
+
+    Args:
+        value: what was given; ``False``: nothing is wished for.
+        strategy: the name of its class.
+        reason: why so.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    if value is not False:
+        raise ValueError(
+            f"{strategy}(elastic={value!r}): {reason}. Leave elastic= out, and start the script with 'python -m "
+            "lightning_stale run', which lets a run that has failed go on from its newest checkpoint; or write "
+            "StaleSyncStrategy(elastic=True)"
+        )
+
+
+def check_elastic_environment(elastic: object) -> None:
+    """Refuse to run elastic where workers cannot die alone, or nobody can take their place.
+
+    Args:
+        elastic: what was asked for.
+
+    Raises:
+        MisconfigurationException: with what to do instead.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
+        raise MisconfigurationException(
+            f"elastic={elastic!r} under torchrun, which ends all workers when one of them dies: start the script by "
+            "itself ('python train.py'), and it starts and replaces its workers; or write elastic=False and 'torchrun "
+            "--max-restarts=3', under which a run that has failed goes on from its newest checkpoint"
+        )
+    if of_lightning.in_notebook():
+        raise MisconfigurationException(
+            f"elastic={elastic!r} in a notebook, which has no script that another worker could run: write "
+            "elastic=False, or train in a script"
+        )
+
+
 def check_device(device: torch.device) -> None:
     """Refuse a device without a way to the server.
 

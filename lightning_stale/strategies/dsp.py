@@ -26,7 +26,7 @@ from lightning_stale.pipeline.staleness import Staleness
 from lightning_stale.private import of_lightning
 from lightning_stale.strategies.assembly import Assembly
 from lightning_stale.strategies.base import StaleStrategy
-from lightning_stale.strategies.checks import check_pipeline
+from lightning_stale.strategies.checks import check_not_elastic, check_pipeline
 from lightning_stale.strategies.divided_model import DividedModel, Whole, check_callbacks, copied, load_mapped
 from lightning_stale.strategies.dsp_options import number_of_stages
 from lightning_stale.strategies.results_of_rank_0 import (
@@ -64,7 +64,7 @@ class DSPStrategy(StaleStrategy):
         **kwargs: those of :class:`~lightning_stale.strategies.base.StaleStrategy`.
 
     Raises:
-        ValueError: for values that make no pipeline, with what to write.
+        ValueError: for values that make no pipeline, with what to write; for ``elastic=``, which needs whole replicas.
 
     Example::
 
@@ -90,6 +90,11 @@ class DSPStrategy(StaleStrategy):
         gather: Whole = "rank0",
         **kwargs: Any,
     ) -> None:
+        check_not_elastic(
+            kwargs.pop("elastic", False),
+            type(self).__name__,
+            "each rank holds a part of the model that no other has, and without it none can go on",
+        )
         super().__init__(update=LocalUpdate(), **kwargs)
         if gather not in ("rank0", "all"):
             raise ValueError(

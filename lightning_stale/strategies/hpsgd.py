@@ -11,6 +11,7 @@ from lightning_stale.averaging.rounds import Interval
 from lightning_stale.events import Recorder
 from lightning_stale.events.averaging import AveragingCounts
 from lightning_stale.strategies.base import StaleStrategy
+from lightning_stale.strategies.checks import check_not_elastic
 from lightning_stale.strategies.updates.averaging import AveragingUpdate, OuterOptimizer
 
 
@@ -30,7 +31,8 @@ class HPSGDStrategy(StaleStrategy):
         **kwargs: those of :class:`~lightning_stale.strategies.base.StaleStrategy`.
 
     Raises:
-        ValueError: for an unknown merge rule, or an interval that is neither ``"auto"`` nor an integer >= 1.
+        ValueError: for an unknown merge rule, an interval that is neither ``"auto"`` nor an integer >= 1, or
+            ``elastic=``, which needs a parameter server.
         TypeError: for an ``outer_optimizer`` that cannot be called.
 
     Example::
@@ -55,6 +57,11 @@ class HPSGDStrategy(StaleStrategy):
         merge: str = "hpsgd",
         **kwargs: Any,
     ) -> None:
+        check_not_elastic(
+            kwargs.pop("elastic", False),
+            type(self).__name__,
+            "its workers average in collectives of all, and what one that dies has learned since is nowhere else",
+        )
         if interval != "auto" and (isinstance(interval, bool) or not isinstance(interval, int) or interval < 1):
             raise ValueError(f"interval={interval!r}: write 'auto' or a number of steps >= 1, e.g. interval=4")
         if merge not in list(MERGES):  # also what cannot be hashed

@@ -19,6 +19,7 @@ from lightning_stale.elastic import Elastic
 from lightning_stale.launchers import ScriptLauncher
 from lightning_stale.private import of_lightning, of_torch
 from lightning_stale.strategies.base import StaleStrategy
+from lightning_stale.strategies.checks import check_elastic_environment
 from lightning_stale.strategies.newcomer import Newcomer, has_joined, newcomer_of_this_process
 from lightning_stale.strategies.present import Members
 from lightning_stale.strategies.starting_point import StartingPoint, write_down
@@ -57,6 +58,11 @@ class JoinableStrategy(StaleStrategy):
     @property
     def _joins(self) -> _Joins:
         return cast(_Joins, self._update)
+
+    def _check_environment(self) -> None:
+        super()._check_environment()
+        if self.elastic is not None:
+            check_elastic_environment(self.elastic)
 
     # --- one who joins ----------------------------------------------------------------------------------------------
 

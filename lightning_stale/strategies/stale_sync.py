@@ -53,9 +53,9 @@ class StaleSyncStrategy(JoinableStrategy):
             ``precision_plugin``.
 
     Raises:
-        ValueError: for an unknown paradigm, transport, apply rule or way to share data, or a rule with a paradigm that
-            has no use for one (``"bsp"``).
-        TypeError: for a paradigm that is neither a name nor a ``Paradigm``, and likewise for a rule.
+        ValueError: for an unknown paradigm, transport, apply rule or way to share data, a rule with a paradigm that
+            has no use for one (``"bsp"``), or ``elastic`` with shards or another ``start_method`` than ``"popen"``.
+        TypeError: for a paradigm that is neither a name nor a ``Paradigm``, and likewise for a rule and ``elastic``.
 
     Example::
 

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from tests.integration.harness import MARK, ROOT, Script, run_script, script, wait_for_file
+from tests.integration.test_restart import SUPERVISED
 
 SCRIPT = f"""
 import json, os, signal, sys, time
@@ -54,7 +55,18 @@ class Model(Ledger):
                 Path("died").touch()
                 if CASE.get("raises"):
                     raise ValueError("a bug of rank 2's")
+                if CASE.get("hangs"):
+                    Path("hangs").write_text(str(os.getpid()))
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                    return super().training_step(batch, batch_idx)
                 os.kill(os.getpid(), signal.SIGKILL)
+        if self.global_rank == 0 and self.current_epoch == 2 and CASE.get("rank 0 too") and not Path("killed").exists():
+            Path("killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.global_rank == 0 and self.current_epoch == 1 and CASE.get("hangs") and Path("hangs").exists():
+            assert self.trainer.strategy.summary()["leaves"] == 1  # or else the meeting of the epoch had waited for it
+            os.kill(int(Path("hangs").read_text()), signal.SIGCONT)
+            Path("hangs").unlink()
         if self.global_rank == 0 and self.current_epoch == 1 and CASE.get("await"):
             wait_for_file(Path(CASE["await"]))
         self.log("trained", 1.0, on_step=False, on_epoch=True, sync_dist=True)  # by late ones too
@@ -71,7 +83,7 @@ class Model(Ledger):
 def main(config=None):
     model = Model(SAMPLES)
     for number in range(CASE.get("fits", 1)):
-        elastic = Elastic(max_restarts=CASE.get("max_restarts", 3))
+        elastic = Elastic(max_restarts=CASE.get("max_restarts", 3), patience_s=CASE.get("patience_s", 30.0))
         strategy = StaleSyncStrategy(paradigm=CASE.get("paradigm", "asp"), elastic=elastic)
         trainer = L.Trainer(
             accelerator="cpu", devices=3, strategy=strategy, max_epochs=3, logger=False, enable_progress_bar=False,
@@ -98,8 +110,8 @@ if __name__ == "__main__":
 """
 
 
-def run(folder: Path, **case: Any) -> Script:
-    return run_script(SCRIPT, folder, env={"CASE": json.dumps(case)}, timeout=170.0)
+def run(folder: Path, command: list[str] | None = None, **case: Any) -> Script:
+    return run_script(SCRIPT, folder, command=command, env={"CASE": json.dumps(case)}, timeout=170.0)
 
 
 def result_of(output: str) -> dict[str, int]:
@@ -134,6 +146,17 @@ def test_one_takes_the_place_of_one_that_has_died(case: dict[str, Any], tmp_path
     assert not list(tmp_path.glob("saved-v*")), "it writes where rank 0 does, and not besides"
 
 
+def test_one_that_was_given_up_and_wakes_is_told_so_and_replaced(tmp_path: Path) -> None:
+    """What it computed before is not applied: the batch was somebody else's by then."""
+    done = run(tmp_path, dies=2, hangs=True, patience_s=3.0, **{"await": "came"})
+    assert done.returncode == 0, done.output[-8000:]
+    assert "or it has given this rank up, which gave no sign of life for too long" in done.output
+    assert re.search(r"rank 2 \(process \d+\) ended with exit code 1: process \d+ takes its place", done.output)
+    result = result_of(done.output)
+    assert (result["joins"], result["leaves"], result["updates"]) == (1, 1, 180)
+    assert len(list(tmp_path.glob("finished-*"))) == 3
+
+
 @pytest.mark.parametrize(
     ("case", "said"),
     [
@@ -156,6 +179,16 @@ def test_an_error_of_its_own_ends_the_run_for_all(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "a bug of rank 2's" in done.output
     assert not list(tmp_path.glob("finished-*"))
+
+
+def test_a_run_that_ends_with_rank_0_comes_back_and_is_elastic_again(tmp_path: Path) -> None:
+    """What was trained before the checkpoint, by one that died and one that took its place, is not trained again."""
+    done = run(tmp_path, SUPERVISED, dies=2, **{"await": "came", "rank 0 too": True})
+    assert done.returncode == 0, done.output[-8000:]
+    assert done.output.count("takes its place") == 1
+    assert re.search(r"Restart 1 of 3: training goes on from step 40, the newest checkpoint of this run", done.output)
+    assert done.output.count("joins this fit with") == 2
+    assert len(list(tmp_path.glob("finished-*"))) == 3
 
 
 def test_nobody_is_left_when_rank_0_is_killed(tmp_path: Path) -> None:

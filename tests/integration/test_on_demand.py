@@ -323,21 +323,24 @@ REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
 }
 
 
-def fit_refused(rank: int, case: str) -> None:
+def fit_refused(rank: int, case: str, wish: dict[str, Any]) -> None:
     model, data, options, text = REFUSED[case]
-    t = trainer(2, StaleSyncStrategy(paradigm="asp", data="on-demand"), max_epochs=1, **options)
+    t = trainer(2, StaleSyncStrategy(paradigm="asp", **wish), max_epochs=1, **options)
     with pytest.raises(Exception, match=text) as raised:
         t.fit(model(), data(), numbered(range(8)))
-    assert "shards" in str(raised.value) or "devices=1" in str(raised.value)
+    cures = ("elastic=False", "which is not elastic", "devices=1") if "elastic" in wish else ("shards", "devices=1")
+    assert any(cure in str(raised.value) for cure in cures), str(raised.value)
 
 
-def refuse_all(rank: int) -> None:
+def refuse_all(rank: int, wish: dict[str, Any]) -> None:
     for case in REFUSED:
-        fit_refused(rank, case)
+        fit_refused(rank, case, wish)
 
 
-def test_what_cannot_be_handed_out_is_refused_with_the_cure(tmp_path: Path) -> None:
-    run_workers(refuse_all, 2, tmp_path)
+@pytest.mark.parametrize("wish", [{"data": "on-demand"}, {"elastic": True}], ids=repr)
+def test_what_cannot_be_handed_out_is_refused_with_the_cure(wish: dict[str, Any], tmp_path: Path) -> None:
+    """An elastic run hands out all batches, and has no shards instead."""
+    run_workers(refuse_all, 2, tmp_path, wish)
 
 
 FALLING_BACK: list[tuple[dict[str, Any], dict[str, Any], str]] = [

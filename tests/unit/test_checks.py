@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from torch import nn
 
-from lightning_stale import StaleSyncStrategy
+from lightning_stale import DSPStrategy, Elastic, HPSGDStrategy, StaleSyncStrategy
 from lightning_stale.strategies.checks import (
     check_device,
     check_model,
@@ -245,6 +246,62 @@ def test_a_notebook_is_told_the_name_to_write(name: str, monkeypatch: pytest.Mon
         assert Trainer(accelerator="cpu", devices=devices, strategy=works, logger=False)
 
 
+# --- elastic runs -------------------------------------------------------------------------------------------------
+
+_INSTEAD = "python -m lightning_stale run"
+
+
+@pytest.mark.parametrize("value", [True, Elastic(), None])
+@pytest.mark.parametrize(
+    ("strategy", "reason"),
+    [(HPSGDStrategy, "average in collectives of all"), (DSPStrategy, "holds a part of the model that no other has")],
+)
+def test_a_strategy_whose_workers_cannot_be_done_without_is_not_elastic(
+    strategy: Callable[..., Any], reason: str, value: object
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"{strategy.__name__}(elastic={value!r}): ")) as error:  # type: ignore[attr-defined]
+        strategy(elastic=value)
+    assert all(part in str(error.value) for part in (reason, _INSTEAD, "StaleSyncStrategy(elastic=True)"))
+    assert repr(strategy(elastic=False)) == repr(strategy())
+
+
+ELASTIC: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
+    "shards": ({"data": "shards"}, ValueError, ("data='shards'", "would be lost", "data='auto'", "elastic=False")),
+    "spawn": ({"start_method": "spawn"}, ValueError, ("start_method='spawn'", "start_method='popen'", "elastic=False")),
+    "fork": ({"start_method": "fork"}, ValueError, ("start_method='fork'", "start_method='popen'", "elastic=False")),
+    "None": ({"elastic": None}, TypeError, ("elastic=None", "elastic=Elastic(min_workers=...)")),
+    "a number": ({"elastic": 2}, TypeError, ("elastic=2", "elastic=True, elastic=False")),
+}
+
+
+@pytest.mark.parametrize("name", ELASTIC)
+def test_what_an_elastic_run_cannot_have(name: str) -> None:
+    options, kind, parts = ELASTIC[name]
+    with pytest.raises(kind) as error:
+        StaleSyncStrategy(**{"elastic": True, **options})
+    assert all(part in str(error.value) for part in parts), str(error.value)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("where", ["torchrun", "a notebook"])
+def test_where_no_run_is_elastic(where: str, devices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before there is a Trainer."""
+    if where == "torchrun":
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # its name where the user has given none
+        variables = {"RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0", "WORLD_SIZE": str(devices)}
+        for variable, value in {**variables, "LOCAL_WORLD_SIZE": str(devices)}.items():
+            monkeypatch.setenv(variable, value)
+    else:
+        monkeypatch.setattr("lightning.pytorch.trainer.connectors.accelerator_connector._IS_INTERACTIVE", True)
+    makes: dict[str, Any] = {"accelerator": "cpu", "devices": devices, "logger": False}
+    with pytest.raises(MisconfigurationException) as error:
+        Trainer(strategy=StaleSyncStrategy(elastic=Elastic(min_workers=2)), **makes)
+    cures = ("python train.py", "torchrun --max-restarts=3") if where == "torchrun" else ("train in a script",)
+    for part in ("elastic=Elastic(min_workers=2, max_restarts=3", where, "elastic=False", *cures):
+        assert part in str(error.value), str(error.value)
+    assert where == "a notebook" or Trainer(strategy=StaleSyncStrategy(), **makes)
+
+
 # --- the strategy's own arguments ---------------------------------------------------------------------------------
 
 
@@ -275,6 +332,9 @@ def test_before_fit_the_summary_has_the_thresholds_of_the_next() -> None:
         "thresholds": {"delay": 5},
         "apply": "Plain()",
         "updates": 0,
+        "joins": 0,
+        "leaves": 0,
+        "taken_back": 0,
         "phases": [],
         "workers": [],
     }

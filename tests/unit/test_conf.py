@@ -23,7 +23,7 @@ from omegaconf.errors import MissingMandatoryValue
 import lightning_stale
 import recipes.schemas  # noqa: F401 - as recipes/train.py does
 from hydra_plugins.lightning_stale import names
-from lightning_stale import DSSP, ThresholdSchedule
+from lightning_stale import DSSP, Elastic, ThresholdSchedule
 from lightning_stale.paradigms import PARADIGMS
 from lightning_stale.parameter_server.apply import RULES
 from lightning_stale.strategies import strategy_names
@@ -107,7 +107,7 @@ def test_the_schemas_of_rules_are_their_constructors() -> None:
 
 
 LOOSER = {"start_method", "transport", "mode", "timeout", "paradigm", "interval", "queues"}
-LOOSER |= {"apply", "data", "delay", "staleness", "split", "gather", "milestones", "outer_optimizer"}
+LOOSER |= {"apply", "data", "elastic", "delay", "staleness", "split", "gather", "milestones", "outer_optimizer"}
 """What OmegaConf cannot say as the constructors do (a Literal, say), or is an object of its own."""
 
 
@@ -194,6 +194,8 @@ def test_values_reach_the_constructors(tmp_path: Path) -> None:
             "'much' of type 'str' could not",
         ),
         (["+trainer/strategy=hpsgd", "trainer.strategy.data=shards"], "Key 'data' not in 'HPSGDStrategy'"),
+        (["+trainer/strategy=hpsgd", "trainer.strategy.elastic=true"], "Key 'elastic' not in 'HPSGDStrategy'"),
+        (["+trainer/strategy=dsp", "trainer.strategy.elastic=true"], "Key 'elastic' not in 'DSPStrategy'"),
         (["+trainer/strategy=hpsgd", "+adaptation=dssp"], "adaptation_dssp.*Key 'paradigm' not in 'HPSGDStrategy'"),
         (["+trainer/strategy=asp", "+apply=ringmaster", "trainer.strategy.apply.r=8"], "Key 'r' not in 'Ringmaster'"),
         (["+trainer/strategy=asp", "+apply=ringmaster", "trainer.strategy.apply.R=2.5"], "not be converted to Integer"),
@@ -292,6 +294,31 @@ def test_values_of_apply_rules(tmp_path: Path) -> None:
     ]
     with pytest.raises(InstantiationException, match=r"Ringmaster\(R=0\): R counts updates.*\n.*apply"):
         instantiate(app(*asp, "+apply=ringmaster", "trainer.strategy.apply.R=0").trainer.strategy)
+
+
+@pytest.mark.parametrize("name", PARADIGMS)
+def test_elastic_runs(tmp_path: Path, name: str) -> None:
+    app = an_app(tmp_path)
+
+    def elastic(*overrides: str) -> Any:
+        return instantiate(app(f"+trainer/strategy={name}", *overrides).trainer.strategy).elastic
+
+    node = "{_target_: lightning_stale.Elastic, min_workers: 2, patience_s: 5}"
+    assert elastic() is elastic("trainer.strategy.elastic=false") is None
+    assert elastic("trainer.strategy.elastic=true") == Elastic()
+    expected = Elastic(min_workers=2, max_restarts=3, patience_s=5.0)
+    assert elastic(f"trainer.strategy.elastic={node}") == expected
+    recipe = train_config(f"trainer/strategy={name}", f"trainer.strategy.elastic={node}")
+    assert instantiate(recipe.trainer.strategy).elastic == expected
+    own = f"defaults: [trainer/strategy: {name}, _self_]\ntrainer: {{strategy: {{elastic: {node}}}}}"
+    assert instantiate(an_app(tmp_path, own)().trainer.strategy).elastic == expected
+    for value, message in {
+        "maybe": r"elastic='maybe': write elastic=True",
+        "{_target_: lightning_stale.Elastic, min_workers: 0}": r"Elastic\(min_workers=0\): write an integer >= 1",
+        "{_target_: lightning_stale.Elastic, max_restart: 1}": r"unexpected keyword argument 'max_restart'",
+    }.items():
+        with pytest.raises(InstantiationException, match=message):
+            elastic(f"trainer.strategy.elastic={value}")
 
 
 def test_dssp_needs_a_threshold_to_adapt(tmp_path: Path) -> None:

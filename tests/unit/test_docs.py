@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 import lightning_stale
 from benchmarks import pages
 from docs.docstrings import as_markdown
+from lightning_stale.__main__ import main as lightning_stale_main
 from lightning_stale.simulation.command import add_arguments
 from recipes import schemas  # noqa: F401 - of the configs
 from tests.pages import PAGES, ROOT, Snippet, anchors, commands, links, snippets
@@ -66,6 +67,10 @@ def check_command(words: list[str], folder: Path) -> None:
             parser = argparse.ArgumentParser(exit_on_error=False)
             add_arguments(parser)
             parser.parse_args(arguments)
+        case ["python", "-m", "lightning_stale", "join", _, "--secret", _, "--", "train.py", *_]:
+            with pytest.raises(SystemExit) as ended:
+                lightning_stale_main(words[3:])
+            assert ended.value.code == 1, "its secret cannot be read here; 2 is for arguments that it does not know"
         case ["python", "recipes/compare.py", "outputs/quickstart" | "outputs/2026-01-31/12-00-00"]:
             pass
         case [program, *_] if program in NOT_OURS:
@@ -163,7 +168,7 @@ def test_paths() -> None:
 def test_the_map_of_the_house() -> None:
     """What is in it is there, and no folder of the package is left out."""
     page = (ROOT / "docs" / "contributing.md").read_text()
-    drawn = set(re.findall(r"^\| `([\w.]+/?)` \|", page, re.MULTILINE))
+    drawn = set(re.findall(r"^\| `([\w./]+)` \|", page, re.MULTILINE))
     assert {path for path in drawn if not (ROOT / "lightning_stale" / path).exists()} == set()
     assert {f"{path.parent.name}/" for path in (ROOT / "lightning_stale").glob("*/__init__.py")} <= drawn
 

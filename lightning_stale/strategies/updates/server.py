@@ -351,7 +351,7 @@ class ServerUpdate(Update):
             raise MisconfigurationException(
                 "workers that are granted batches do not meet amid a step: some compute more of them than others. Log "
                 "with sync_dist=False or on_step=False, use no collective operation in training_step, or give each "
-                "worker its shard: StaleSyncStrategy(data='shards')"
+                "worker its shard: StaleSyncStrategy(data='shards'), which is not elastic"
             )
 
     def _note_meeting(self, meeting: Meeting) -> None:
