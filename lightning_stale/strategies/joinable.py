@@ -132,7 +132,10 @@ class JoinableStrategy(StaleStrategy):
         return super()._new_run() if self._newcomer is None else self._run
 
     def _may_meet(self) -> bool:
-        return not (self._newcomer is not None and self._newcomer.sets_up) and super()._may_meet()
+        if self._newcomer is None:
+            return super()._may_meet()
+        # the first that it meets the others for may be a collective, such as ModelCheckpoint's before it saves
+        return self._present.elastic and not self._newcomer.sets_up and not self._is_interrupted()
 
     # --- those who are there ----------------------------------------------------------------------------------------
 

@@ -75,7 +75,7 @@ def main(config=None):
         strategy = StaleSyncStrategy(paradigm=CASE.get("paradigm", "asp"), elastic=elastic)
         trainer = L.Trainer(
             accelerator="cpu", devices=3, strategy=strategy, max_epochs=3, logger=False, enable_progress_bar=False,
-            enable_model_summary=False, callbacks=[ModelCheckpoint("saved", save_top_k=-1)],
+            enable_model_summary=False, callbacks=[ModelCheckpoint("saved", save_top_k=-1, every_n_train_steps=CASE.get("every"))],
             **CASE.get("options", {{}}),
         )
         trainer.fit(model, numbered(range(SAMPLES)), numbered(range(12)))
@@ -115,9 +115,16 @@ def result_of(output: str) -> dict[str, int]:
         {},
         {"options": {"val_check_interval": 0.25}, "paradigm": "bounded-delay"},
         {"options": {"accumulate_grad_batches": 2, "val_check_interval": 10}, "paradigm": "ssp"},
+        {"every": 1},
         {"hydra": True},
     ],
-    ids=["asp", "bounded-delay, validation amid epochs", "ssp, accumulation", "in a Hydra job"],
+    ids=[
+        "asp",
+        "bounded-delay, validation amid epochs",
+        "ssp, accumulation",
+        "a collective is the first that it meets the others for",
+        "in a Hydra job",
+    ],
 )
 def test_one_takes_the_place_of_one_that_has_died(case: dict[str, Any], tmp_path: Path) -> None:
     case = {"dies": 2, "await": "came", **case}
