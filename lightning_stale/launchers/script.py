@@ -60,15 +60,22 @@ class ScriptLauncher(SubprocessScriptLauncher):
             self.procs = self._replacements.processes
         super().kill(signum)
 
-    def begin_elastic_fit(self, max_restarts: int) -> None:
-        """From now on ranks of this host may die, and are replaced; called in the process that has started them."""
+    def begin_elastic_fit(self, max_restarts: int, rank: int) -> None:
+        """From now on ranks of this host may die, and are replaced; called in the process that has started them.
+
+        Args:
+            max_restarts: how many are replaced at most.
+            rank: of this process; one that is lost in an earlier fit has none any more.
+        """
         if self._replacements is None:
             return
         if self._first:
             self._replacements.begin(max_restarts, f"max_restarts={max_restarts}; the others go on without it")
         else:
             self._replacements.begin(
-                0, "this fit is not the first of the script, which a new process would begin with; the others go on"
+                0,
+                "this fit is not the first of the script, which a new process would begin with; the others go on",
+                rank,
             )
 
     def end_elastic_fit(self, present: Collection[int]) -> None:

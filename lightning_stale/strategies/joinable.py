@@ -148,7 +148,7 @@ class JoinableStrategy(StaleStrategy):
         if self._newcomer is None and self.is_global_zero:
             self._invite(run)
         if isinstance(self.launcher, ScriptLauncher):
-            self.launcher.begin_elastic_fit(self.elastic.max_restarts)
+            self.launcher.begin_elastic_fit(self.elastic.max_restarts, self.global_rank)
 
     def _invite(self, run: str) -> None:
         """Let others find the fit, and say on the screen how."""

@@ -82,7 +82,7 @@ def main(config=None):
     pages = (model.pages.detach() / -model.lr).tolist()
     each = trainer.accumulate_grad_batches
     assert set(pages) == {{3.0 * CASE.get("fits", 1) / each}}, pages
-    assert trainer.global_step == 60 // each
+    assert trainer.global_step == CASE.get("steps", 60 // each)
     if trainer.is_global_zero:
         summary = strategy.summary()
         print("RESULT", json.dumps({{name: summary[name] for name in ("joins", "leaves", "updates")}}), flush=True)
@@ -155,6 +155,14 @@ def test_one_that_is_not_replaced_is_done_without(case: dict[str, Any], said: st
     assert re.search(said, done.output), done.output[-8000:]
     assert "takes its place" not in done.output
     assert result_of(done.output)["leaves"] == 1
+    assert len(list(tmp_path.glob("finished-*"))) == 2
+
+
+def test_a_fit_after_one_that_has_lost_somebody_is_of_those_who_are_left(tmp_path: Path) -> None:
+    """Rank 2 is rank 1 of two in it: nobody waits for a third, or takes it for one who was lost."""
+    done = run(tmp_path, dies=1, max_restarts=0, fits=2, steps=90)
+    assert done.returncode == 0, done.output[-8000:]
+    assert result_of(done.output) == {"joins": 0, "leaves": 0, "updates": 180}
     assert len(list(tmp_path.glob("finished-*"))) == 2
 
 
