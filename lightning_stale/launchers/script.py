@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_stale.failures import RunFailedError
 from lightning_stale.launchers.hydra.job import arrive, current_job
@@ -68,6 +68,11 @@ class ScriptLauncher(SubprocessScriptLauncher):
             rank: of this process; one that is lost in an earlier fit has none any more.
         """
         if self._replacements is None:
+            if self.cluster_environment.local_rank() == 0 and self.num_processes > 1:
+                rank_zero_warn(
+                    "a worker that dies ends this fit, as if it were not elastic: an earlier Trainer of the script has "
+                    "started the workers, and its strategy is not elastic. Write elastic=True there too"
+                )
             return
         if self._first:
             self._replacements.begin(max_restarts, f"max_restarts={max_restarts}; the others go on without it")
@@ -97,8 +102,8 @@ class ScriptLauncher(SubprocessScriptLauncher):
 
 
 def _is_elastic(trainer: Any) -> bool:
-    fits = trainer is not None and trainer.state.fn == TrainerFn.FITTING
-    return fits and getattr(trainer.strategy, "elastic", None) is not None
+    """Whether a fit of it may lose ranks: then Lightning does not watch them, whatever comes before that fit."""
+    return trainer is not None and getattr(trainer.strategy, "elastic", None) is not None
 
 
 def _first_rank(launcher: SubprocessScriptLauncher) -> int:

@@ -75,9 +75,12 @@ def main(config=None):
         strategy = StaleSyncStrategy(paradigm=CASE.get("paradigm", "asp"), elastic=elastic)
         trainer = L.Trainer(
             accelerator="cpu", devices=3, strategy=strategy, max_epochs=3, logger=False, enable_progress_bar=False,
-            enable_model_summary=False, callbacks=[ModelCheckpoint("saved", save_top_k=-1, every_n_train_steps=CASE.get("every"))],
+            enable_model_summary=False,
+            callbacks=[ModelCheckpoint("saved", save_top_k=-1, every_n_train_steps=CASE.get("every"))],
             **CASE.get("options", {{}}),
         )
+        if CASE.get("validates"):
+            trainer.validate(model, numbered(range(12)), verbose=False)
         trainer.fit(model, numbered(range(SAMPLES)), numbered(range(12)))
     pages = (model.pages.detach() / -model.lr).tolist()
     each = trainer.accumulate_grad_batches
@@ -146,8 +149,9 @@ def test_one_takes_the_place_of_one_that_has_died(case: dict[str, Any], tmp_path
     [
         ({"max_restarts": 0}, r"is not replaced: max_restarts=0; the others go on without it"),
         ({"fits": 2, "fit": 2}, r"is not replaced: this fit is not the first of the script, which a new process would"),
+        ({"validates": True}, r"is not replaced: this fit is not the first of the script, which a new process would"),
     ],
-    ids=["no restart is left", "in a second fit"],
+    ids=["no restart is left", "in a second fit", "in a fit after a validation"],
 )
 def test_one_that_is_not_replaced_is_done_without(case: dict[str, Any], said: str, tmp_path: Path) -> None:
     done = run(tmp_path, dies=2, **case)
