@@ -50,7 +50,8 @@ class Replacements:
         first_rank: int,
         check: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._processes, self._start, self._first_rank, self._check = processes, start, first_rank, check
+        self._processes, self._start, self._check = processes, start, check
+        self._ranks = {local_rank: first_rank + local_rank for local_rank in processes}
         self._lock = threading.Lock()
         self._runs = False  # an elastic fit
         self._left, self._why_none = 0, ""
@@ -72,14 +73,17 @@ class Replacements:
         """Whether one may die now."""
         return self._runs
 
-    def begin(self, restarts: int, why_none: str) -> None:
+    def begin(self, restarts: int, why_none: str, first_rank: int | None = None) -> None:
         """An elastic fit runs from now on.
 
         Args:
             restarts: how many are replaced at most.
             why_none: said of the first one that is not.
+            first_rank: the global rank of local rank 0, if those who are left are counted anew.
         """
         with self._lock:
+            if first_rank is not None:
+                self._ranks = {one: first_rank + place for place, one in enumerate(sorted(self._processes), 1)}
             self._left, self._why_none, self._runs = restarts, why_none, True
 
     def end(self, present: Collection[int]) -> None:
@@ -92,7 +96,7 @@ class Replacements:
             if self._runs:
                 self._runs = False
                 for local_rank, process in list(self._processes.items()):
-                    if self._first_rank + local_rank not in present:
+                    if self._ranks[local_rank] not in present:
                         process.kill()
                         process.wait()
                         del self._processes[local_rank]
@@ -130,7 +134,7 @@ class Replacements:
         if code is None or (code > 0 and now < self._seen.setdefault(process.pid, now) + _VERDICT_S):
             return
         del self._processes[local_rank]
-        rank = self._first_rank + local_rank
+        rank = self._ranks[local_rank]
         lost = f"rank {rank} (process {process.pid}) {how_it_ended(code)}"
         if code == 0:
             return

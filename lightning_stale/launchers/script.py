@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_stale.failures import RunFailedError
 from lightning_stale.launchers.hydra.job import arrive, current_job
@@ -60,15 +60,27 @@ class ScriptLauncher(SubprocessScriptLauncher):
             self.procs = self._replacements.processes
         super().kill(signum)
 
-    def begin_elastic_fit(self, max_restarts: int) -> None:
-        """From now on ranks of this host may die, and are replaced; called in the process that has started them."""
+    def begin_elastic_fit(self, max_restarts: int, rank: int) -> None:
+        """From now on ranks of this host may die, and are replaced; called in the process that has started them.
+
+        Args:
+            max_restarts: how many are replaced at most.
+            rank: of this process; one that is lost in an earlier fit has none any more.
+        """
         if self._replacements is None:
+            if self.cluster_environment.local_rank() == 0 and self.num_processes > 1:
+                rank_zero_warn(
+                    "a worker that dies ends this fit, as if it were not elastic: an earlier Trainer of the script has "
+                    "started the workers, and its strategy is not elastic. Write elastic=True there too"
+                )
             return
         if self._first:
             self._replacements.begin(max_restarts, f"max_restarts={max_restarts}; the others go on without it")
         else:
             self._replacements.begin(
-                0, "this fit is not the first of the script, which a new process would begin with; the others go on"
+                0,
+                "this fit is not the first of the script, which a new process would begin with; the others go on",
+                rank,
             )
 
     def end_elastic_fit(self, present: Collection[int]) -> None:
@@ -90,8 +102,8 @@ class ScriptLauncher(SubprocessScriptLauncher):
 
 
 def _is_elastic(trainer: Any) -> bool:
-    fits = trainer is not None and trainer.state.fn == TrainerFn.FITTING
-    return fits and getattr(trainer.strategy, "elastic", None) is not None
+    """Whether a fit of it may lose ranks: then Lightning does not watch them, whatever comes before that fit."""
+    return trainer is not None and getattr(trainer.strategy, "elastic", None) is not None
 
 
 def _first_rank(launcher: SubprocessScriptLauncher) -> int:

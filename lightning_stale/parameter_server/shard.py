@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from itertools import chain
@@ -22,6 +23,8 @@ from lightning_stale.transport.delivery import Deliveries, Piece
 from lightning_stale.transport.layout import Layout
 from lightning_stale.transport.links import ServerLink, SharedServerLink, StreamServerLink
 from lightning_stale.transport.parcel import pack
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -121,15 +124,28 @@ class Shard(Plane):
 
     def welcome(self, peer: Peer, message: dict[str, Any]) -> dict[str, Any]:
         nbytes = 2 * self._layout.nbytes
-        if not message["shared"]:
+        segment = self._segment(message, nbytes)
+        if segment is None:
             self._link(peer, self._stream())
             return {"path": "", "token": b"", "nbytes": nbytes}
-        segment = self._segments.pop() if self._segments else memory.create_segment(nbytes, self._folder)
         link = SharedServerLink(segment)
         self._link(peer, link)
         if self._alone:  # one set of weights for both: what the worker does to them itself counts
             self._store.move_to(link.weights, self._layout)
         return {"path": segment.path, "token": segment.token, "nbytes": nbytes}
+
+    def _segment(self, message: dict[str, Any], nbytes: int) -> memory.Segment | None:
+        if not message["shared"]:
+            return None
+        if self._segments:
+            return self._segments.pop()
+        try:
+            return memory.create_segment(nbytes, self._folder)
+        except memory.SharedMemoryError as error:
+            if not message["anew"]:
+                raise
+            log.warning("rank %d, which joins, goes without shared memory: %s", message["rank"], error)
+            return None  # it finds no path, and asks for bytes by TCP; a run that goes on does not end for this
 
     def gone(self, peer: Peer) -> None:
         self._deliveries.end(peer.identity)

@@ -189,6 +189,7 @@ class StaleStrategy(DDPStrategy):
         of_torch.end_loaders_with_their_process()
         with of_torch.keys_of_this_attempt():
             super().setup_environment()
+        self._present.adopt(super().world_size)
         atexit.unregister(destroy_process_group)
         atexit.register(destroy_process_group)
         self._go_on_after_restart()

@@ -139,7 +139,10 @@ class JoinableStrategy(StaleStrategy):
         return super()._new_run() if self._newcomer is None else self._run
 
     def _may_meet(self) -> bool:
-        return not (self._newcomer is not None and self._newcomer.sets_up) and super()._may_meet()
+        if self._newcomer is None:
+            return super()._may_meet()
+        # the first that it meets the others for may be a collective, such as ModelCheckpoint's before it saves
+        return self._present.elastic and not self._newcomer.sets_up and not self._is_interrupted()
 
     # --- those who are there ----------------------------------------------------------------------------------------
 
@@ -152,7 +155,7 @@ class JoinableStrategy(StaleStrategy):
         if self._newcomer is None and self.is_global_zero:
             self._invite(run)
         if isinstance(self.launcher, ScriptLauncher):
-            self.launcher.begin_elastic_fit(self.elastic.max_restarts)
+            self.launcher.begin_elastic_fit(self.elastic.max_restarts, self.global_rank)
 
     def _invite(self, run: str) -> None:
         """Let others find the fit, and say on the screen how."""

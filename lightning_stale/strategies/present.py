@@ -65,6 +65,15 @@ class Present:
         """Whether this process is in the group of those present."""
         return self._group == (self.members, self._attempt) and dist.is_initialized()
 
+    def adopt(self, launched: int) -> None:
+        """Go on with the group that a fit of another Trainer has left, which may have lost ranks.
+
+        Args:
+            launched: how many ranks Lightning believes in.
+        """
+        if dist.is_initialized() and dist.get_world_size() != launched:
+            self.world_size, self.index = dist.get_world_size(), dist.get_rank()
+
     def begin(self, run: str, members: Members, rank: int, began_with: int, timeout: timedelta) -> None:
         """A run begins in which they may change.
 

@@ -87,14 +87,17 @@ def main(config=None):
         strategy = StaleSyncStrategy(paradigm=CASE.get("paradigm", "asp"), elastic=elastic)
         trainer = L.Trainer(
             accelerator="cpu", devices=3, strategy=strategy, max_epochs=3, logger=False, enable_progress_bar=False,
-            enable_model_summary=False, callbacks=[ModelCheckpoint("saved", save_top_k=-1)],
+            enable_model_summary=False,
+            callbacks=[ModelCheckpoint("saved", save_top_k=-1, every_n_train_steps=CASE.get("every"))],
             **CASE.get("options", {{}}),
         )
+        if CASE.get("validates"):
+            trainer.validate(model, numbered(range(12)), verbose=False)
         trainer.fit(model, numbered(range(SAMPLES)), numbered(range(12)))
     pages = (model.pages.detach() / -model.lr).tolist()
     each = trainer.accumulate_grad_batches
     assert set(pages) == {{3.0 * CASE.get("fits", 1) / each}}, pages
-    assert trainer.global_step == 60 // each
+    assert trainer.global_step == CASE.get("steps", 60 // each)
     if trainer.is_global_zero:
         summary = strategy.summary()
         print("RESULT", json.dumps({{name: summary[name] for name in ("joins", "leaves", "updates")}}), flush=True)
@@ -127,9 +130,16 @@ def result_of(output: str) -> dict[str, int]:
         {},
         {"options": {"val_check_interval": 0.25}, "paradigm": "bounded-delay"},
         {"options": {"accumulate_grad_batches": 2, "val_check_interval": 10}, "paradigm": "ssp"},
+        {"every": 1},
         {"hydra": True},
     ],
-    ids=["asp", "bounded-delay, validation amid epochs", "ssp, accumulation", "in a Hydra job"],
+    ids=[
+        "asp",
+        "bounded-delay, validation amid epochs",
+        "ssp, accumulation",
+        "a collective is the first that it meets the others for",
+        "in a Hydra job",
+    ],
 )
 def test_one_takes_the_place_of_one_that_has_died(case: dict[str, Any], tmp_path: Path) -> None:
     case = {"dies": 2, "await": "came", **case}
@@ -162,8 +172,9 @@ def test_one_that_was_given_up_and_wakes_is_told_so_and_replaced(tmp_path: Path)
     [
         ({"max_restarts": 0}, r"is not replaced: max_restarts=0; the others go on without it"),
         ({"fits": 2, "fit": 2}, r"is not replaced: this fit is not the first of the script, which a new process would"),
+        ({"validates": True}, r"is not replaced: this fit is not the first of the script, which a new process would"),
     ],
-    ids=["no restart is left", "in a second fit"],
+    ids=["no restart is left", "in a second fit", "in a fit after a validation"],
 )
 def test_one_that_is_not_replaced_is_done_without(case: dict[str, Any], said: str, tmp_path: Path) -> None:
     done = run(tmp_path, dies=2, **case)
@@ -171,6 +182,14 @@ def test_one_that_is_not_replaced_is_done_without(case: dict[str, Any], said: st
     assert re.search(said, done.output), done.output[-8000:]
     assert "takes its place" not in done.output
     assert result_of(done.output)["leaves"] == 1
+    assert len(list(tmp_path.glob("finished-*"))) == 2
+
+
+def test_a_fit_after_one_that_has_lost_somebody_is_of_those_who_are_left(tmp_path: Path) -> None:
+    """Rank 2 is rank 1 of two in it: nobody waits for a third, or takes it for one who was lost."""
+    done = run(tmp_path, dies=1, max_restarts=0, fits=2, steps=90)
+    assert done.returncode == 0, done.output[-8000:]
+    assert result_of(done.output) == {"joins": 0, "leaves": 0, "updates": 180}
     assert len(list(tmp_path.glob("finished-*"))) == 2
 
 

@@ -108,6 +108,14 @@ def test_after_the_fit_who_was_not_there_goes_and_nobody_comes(node: Node) -> No
     assert len(node.started) == 2, "after the fit they end together, as ever"
 
 
+def test_those_who_are_left_are_counted_anew_in_a_later_fit(node: Node) -> None:
+    node.replacements.begin(3, "")
+    node.replacements.end({4, 6})
+    node.replacements.begin(0, "", first_rank=4)
+    node.replacements.end({4, 5})
+    assert node.alive() == [False, True]
+
+
 def test_after_a_failure_those_who_do_not_listen_are_killed(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_GRACE_S", 0.5)
     node.replacements.begin(3, "")

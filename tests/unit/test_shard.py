@@ -155,10 +155,10 @@ class Harness:
         frames = [wire.encode_message(kind, **fields)]
         self.raw(rank, *frames, *([] if payload is None else [payload]))
 
-    def hello(self, rank: int, shared: bool = False) -> dict[str, Any]:
-        self.send(rank, "hello", rank=rank, pid=1000 + rank, shared=shared, anew=False)
+    def hello(self, rank: int, shared: bool = False, anew: bool = False) -> dict[str, Any]:
+        self.send(rank, "hello", rank=rank, pid=1000 + rank, shared=shared, anew=anew)
         (welcome,) = self.take(rank)
-        if shared:
+        if shared and welcome["path"]:
             self.segments[rank] = memory.open_segment(welcome["path"], welcome["nbytes"], welcome["token"])
         return welcome
 
@@ -1072,6 +1072,26 @@ def test_a_worker_that_dies_while_its_welcome_is_sent_is_named(shared: bool, tmp
     assert harness.take(0) == []
     harness.close_connection(1)
     assert harness.failure(0)["text"] == "rank 1 (process 1001) is gone: it was killed, has crashed or hangs"
+
+
+def test_who_joins_while_shared_memory_is_full_goes_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = Harness(ASP(), folder=str(tmp_path), hands_out=True)
+    harness.start(shared=True)
+    harness.close_connection(1)
+    harness.send(0, "deposit", part=b"where all are", last=True)
+
+    def full(nbytes: int, folder: str) -> memory.Segment:
+        raise memory.SharedMemoryError("no space is left")
+
+    monkeypatch.setattr(memory, "create_segment", full)
+    welcome = harness.hello(1, shared=True, anew=True)
+    assert (welcome["type"], welcome["path"], welcome["generation"]) == ("welcome", "", 2)
+    with pytest.raises(memory.SharedMemoryError):  # by which it knows
+        memory.open_segment(welcome["path"], welcome["nbytes"], welcome["token"])
+    harness.send(1, "unshare")
+    harness.send(1, "pull")
+    assert harness.take(1)[0]["nbytes"] == harness.layout.nbytes
+    assert harness.take(0) == []
 
 
 def test_a_goodbye_that_comes_with_the_end_of_the_connection_counts() -> None:
