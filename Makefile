@@ -31,6 +31,8 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/accuracy.py
 	$(BIN)/python benchmarks/apply_rules.py
+	$(BIN)/python benchmarks/paradigms.py
+	$(BIN)/python benchmarks/simulation.py
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
