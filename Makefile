@@ -34,6 +34,8 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/accuracy.py
 	$(BIN)/python benchmarks/apply_rules.py
+	$(BIN)/python benchmarks/paradigms.py
+	$(BIN)/python benchmarks/simulation.py
 	$(BIN)/python benchmarks/pages.py
 
 .venv/.installed: pyproject.toml constraints.txt

@@ -38,6 +38,7 @@ def draw_figure(
     FigureCanvasAgg(figure)
     speed, stale = figure.subplots(1, 2, sharey=True)
     places = range(len(rows))
+    plain = {"facecolor": "white", "edgecolor": "none", "pad": 1}
     for place, row in zip(places, rows, strict=True):
         on_demand = row.data == "on-demand"
         speed.barh(
@@ -48,7 +49,7 @@ def draw_figure(
             hatch="//" if on_demand else "",
             linewidth=0.6,
         )
-        speed.text(row.rate / ddp.rate, place, f" {row.rate / ddp.rate:.2f}", va="center", fontsize="small")
+        speed.text(row.rate / ddp.rate, place, f" {row.rate / ddp.rate:.2f}", va="center", fontsize="small", bbox=plain)
         if row is ddp:
             continue
         stale.plot([0, row.max_staleness], [place, place], color="black", linewidth=0.6)

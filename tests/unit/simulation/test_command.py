@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from lightning_stale import __main__ as package
 from lightning_stale.paradigms import DSSP, SSP, BoundedDelay
 from lightning_stale.simulation import Outcome, Setting, StepTimes, choose, draw, read_log, run, run_ddp, usual
 from lightning_stale.simulation.command import main
@@ -239,3 +240,24 @@ def test_what_is_wrong_is_said_in_a_line(
     assert error in captured.err
     assert captured.err.startswith("simulate: ")
     assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "printed"),
+    [
+        (["simulate", "--workers", "2", "--steps", "5"], 0, "Choose "),
+        (["simulate", "--workers", "2", "--steps", "0"], 2, "write at least one of each"),
+        (["--help"], 0, "{run,simulate,join}"),
+        (["simulat"], 2, "invalid choice: 'simulat'"),
+        ([], 2, "the following arguments are required: command"),
+    ],
+)
+def test_the_package_hands_on_what_is_asked_for(
+    words: list[str], status: int, printed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["lightning_stale", *words])
+    with pytest.raises(SystemExit) as ended:
+        package.main()
+    assert ended.value.code == status
+    captured = capsys.readouterr()
+    assert printed in captured.out + captured.err
