@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from lightning_stale import DSPStrategy, HPSGDStrategy
+from lightning_stale import DSPStrategy, Elastic, HPSGDStrategy, StaleSyncStrategy
 from lightning_stale.transport import wire
 from tests.integration.harness import marked, signal_test, workers
 from tests.integration.models import trainer
@@ -18,7 +19,11 @@ from tests.unit.pipeline.networks import Chain, batches
 
 PATIENCE_S = 2
 STEPS = 300
-STRATEGIES = {"dsp": lambda: DSPStrategy(split=[3]), "hpsgd": lambda: HPSGDStrategy(interval=1)}
+STRATEGIES = {
+    "dsp": lambda: DSPStrategy(split=[3]),
+    "hpsgd": lambda: HPSGDStrategy(interval=1),
+    "elastic": lambda: StaleSyncStrategy(paradigm="asp", elastic=Elastic(patience_s=PATIENCE_S)),
+}
 
 
 class UnderWay(Chain):
@@ -35,8 +40,13 @@ def train(rank: int, strategy: str, folder: str) -> int:
     wire.HEARTBEAT_MS, wire.HEARTBEAT_TIMEOUT_MS = 500, PATIENCE_S * 1_000  # of this rank's; the coordinator has more
     model = UnderWay()
     model.folder = folder
-    t = trainer(2, STRATEGIES[strategy](), max_epochs=1, use_distributed_sampler=False)
-    t.fit(model, batches(STEPS))
+    elastic, data = strategy == "elastic", batches(STEPS)
+    t = trainer(2, STRATEGIES[strategy](), max_epochs=1, use_distributed_sampler=elastic)
+    t.fit(model, DataLoader(data.dataset, batch_size=data.batch_size) if elastic else data)
+    if elastic:
+        summary = t.strategy.summary()
+        assert (summary["leaves"], summary["taken_back"], summary["updates"]) == (0, 0, STEPS)
+        return 2 * t.global_step  # which counts the steps of each of two workers
     return t.global_step
 
 
@@ -45,7 +55,8 @@ def test_nobody_is_taken_for_dead_after_a_suspension(strategy: str, tmp_path: Pa
     with workers(train, 2, tmp_path, strategy, str(tmp_path)) as group:
         group.wait_for("under-way")
         everybody = marked(group.mark, groups=[group.pid(rank) for rank in range(2)])
-        assert any("lightning_stale.coordinator" in process.cmdline() for process in everybody)
+        host = "lightning_stale.parameter_server" if strategy == "elastic" else "lightning_stale.coordinator"
+        assert any(host in process.cmdline() for process in everybody)
         for number in (signal.SIGSTOP, signal.SIGCONT):
             for process in everybody:
                 process.send_signal(number)
