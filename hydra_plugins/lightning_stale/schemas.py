@@ -159,6 +159,7 @@ class HPSGDStrategy(StaleStrategy):
     interval: int | str = "auto"
     outer_optimizer: Any = None
     merge: str = "hpsgd"
+    data: str = "auto"
 
 
 @dataclass

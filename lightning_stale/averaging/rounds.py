@@ -85,8 +85,12 @@ class Rounds:
                 raise TypeError(f"outer_optimizer returned {self.outer!r}: write what returns a torch.optim.Optimizer")
 
     @torch.no_grad()
-    def after_step(self) -> None:
-        """Call after every step of the inner optimizer."""
+    def after_step(self) -> bool:
+        """Call after every step of the inner optimizer.
+
+        Returns:
+            Whether a round has begun: all changes of before are on their way, and those that were, have been averaged.
+        """
         self._steps += 1
         self._record(events.Stepped(time.perf_counter()))
         if not self._in_flight:  # round 0
@@ -94,12 +98,15 @@ class Rounds:
                 self._take_changes()
                 self._go_on(None)  # nothing has arrived to merge with
                 self._launch()
+                return True
         elif self._reducer.done() if self._interval == "auto" else self._steps >= self._interval:
             self._wait()
             self._apply()
             self._take_changes()
             self._go_on(self._merge)
             self._launch()
+            return True
+        return False
 
     @torch.no_grad()
     def flush(self) -> None:

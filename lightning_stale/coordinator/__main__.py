@@ -19,6 +19,7 @@ import logging
 
 from lightning_stale.coordinator.coordinator import Coordinator
 from lightning_stale.coordinator.process import Job
+from lightning_stale.coordinator.round_leases import RoundLeases
 from lightning_stale.coordinator.service import Service
 from lightning_stale.transport.sockets import ServerSocket
 
@@ -34,7 +35,8 @@ def main() -> None:
     try:
         _begin_to_serve()
         print(socket.port, flush=True)
-        service = Service(socket, Coordinator(job.members))
+        leases = RoundLeases(job.members) if job.hands_out_batches else None
+        service = Service(socket, Coordinator(job.members, leases=leases))
         service.run(lifeline=sys.stdin.fileno(), orphaned=lambda: os.getppid() != _PARENT)
     finally:
         socket.close()

@@ -1,11 +1,14 @@
-"""A rank's side of a coordinator that has nothing beside it: who has failed, and where all meet."""
+"""A rank's side of a coordinator that has nothing beside it: who has failed, where all meet, who gets which batch."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import astuple
+from typing import Any
 
 from lightning_stale.coordinator.connection import Connection, ServerLostError
+from lightning_stale.coordinator.leases import Grant, Plan
 from lightning_stale.failures import FailureKind, RunFailedError
 from lightning_stale.transport import wire
 from lightning_stale.transport.credentials import Credentials
@@ -97,6 +100,31 @@ class Control:
         """
         self.come_to(place, detail, region)
         self.await_others()
+
+    def request(self, leases: Sequence[int], plan: Plan | None = None, kept: Sequence[int] = ()) -> Grant:
+        """Wait for batches to compute.
+
+        Args:
+            leases: of those whose changes have been averaged by now.
+            plan: what there is until the next meeting, if this is the first request since the last.
+            kept: leases of those that are trained here, and not averaged yet.
+
+        Raises:
+            RunFailedError: if a rank has failed, or others have another plan.
+        """
+        values = None if plan is None else astuple(plan)
+        self._connection.send("request", leases=list(leases), plan=values, kept=list(kept), steps=0)
+        try:
+            return Grant.of(self._connection.receive("granted")["grant"])
+        except ServerLostError as error:
+            raise self._gone() from error
+
+    def trained(self) -> dict[str, Any]:
+        """Return which batches are committed, as ``Leases.state_dict()`` does; also when the run has failed."""
+        self._connection.ask("progress")
+        answer = self._connection.receive("trained", self._connection.patience(), failed_too=True, others="keep")
+        leases: dict[str, Any] = answer["leases"]
+        return leases
 
     def fail(self, kind: FailureKind, text: str) -> RunFailedError | None:
         """Tell all others why this rank ends; return what had failed before.

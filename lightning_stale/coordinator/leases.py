@@ -38,6 +38,12 @@ class Grant:
         """Whether no batch is left before the next meeting."""
         return self.lease == NONE_LEFT
 
+    @classmethod
+    def of(cls, values: Sequence[Any]) -> Grant:
+        """Return the grant whose fields came as a list."""
+        lease, first, last, step, ahead, taken, most = values
+        return cls(lease, first, last, step, tuple(ahead), taken, most)
+
 
 Grants = list[tuple[int, Grant]]
 """Who is granted what, in order."""
@@ -413,10 +419,7 @@ class EpochLeases(Leases):
 
     def _grant(self, member: int) -> Grant | None:
         if self.left == 0:
-            if self._held or self._division is None:  # one of these may come back; or nobody has said what there is
-                return None
-            end = self._division.plan.batches
-            return Grant(NONE_LEFT, end, end, self.step, (), *self._optimizer_steps)
+            return self._none_left()
         oldest = next(iter(self._held), self._next)
         own = self._waits_for_itself() == member
         if self.left <= self._kept_from(member) or not (own or self._allows(self._next, oldest)):
@@ -430,6 +433,13 @@ class EpochLeases(Leases):
         ahead = (range(*self._division.batches(number)) for number in kept)
         batches = self._division.batches(number)
         return Grant(lease, *batches, self.step, tuple(chain.from_iterable(ahead)), *self._optimizer_steps)
+
+    def _none_left(self) -> Grant | None:
+        """Return what is told to who asks when no batch is left; nothing, as long as one may come back."""
+        if self._held or self._division is None:  # or nobody has said what there is
+            return None
+        end = self._division.plan.batches
+        return Grant(NONE_LEFT, end, end, self.step, (), *self._optimizer_steps)
 
     @property
     def _optimizer_steps(self) -> tuple[int, int]:

@@ -135,6 +135,7 @@ class Job:
     server_public: str
     server_secret: str
     worker_key: str
+    hands_out_batches: bool = False
 
     @property
     def server_keys(self) -> KeyPair:
@@ -148,18 +149,19 @@ class CoordinatorProcess(ChildProcess):
     def __init__(self) -> None:
         super().__init__("lightning_stale.coordinator", "coordinator")
 
-    def serve(self, members: int, host: str, credentials: Credentials) -> int:
+    def serve(self, members: int, host: str, credentials: Credentials, hands_out_batches: bool = False) -> int:
         """Send the job, and return the port once it listens.
 
         Args:
             members: the number of ranks.
             host: the address to listen on.
             credentials: of the run.
+            hands_out_batches: whether the ranks ask for batches.
 
         Raises:
             ServerStartError: if it does not come up.
         """
         keys = credentials.server
-        job = Job(members, host, keys.public, keys.secret, credentials.worker.public)
+        job = Job(members, host, keys.public, keys.secret, credentials.worker.public, hands_out_batches)
         self.tell(json.dumps(asdict(job)).encode(), b"\n")
         return self.await_port()

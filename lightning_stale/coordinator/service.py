@@ -7,7 +7,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from itertools import chain, count
 from typing import Any
 
@@ -76,7 +76,7 @@ class Plane:
 
     def granted(self, peer: Peer, reply: m.Granted) -> None:
         """Tell ``peer`` which batches it may begin."""
-        raise NotImplementedError
+        self._service.send(peer, "granted", version=0, grant=list(astuple(reply.grant)), nbytes=0)
 
     def arrives(self, peer: Peer, message: dict[str, Any]) -> None:
         """``peer`` comes to a meeting point, with ``message``."""
@@ -192,6 +192,10 @@ class Service:
             case "request":
                 leases, kept = numbers(message["leases"]), numbers(message["kept"])
                 self.tell(m.Request(*who, leases, plan_of(message["plan"]), kept, message["steps"]))
+            case "progress":
+                if self.coordinator.leases is None:
+                    raise wire.WireError("a question about batches, and nobody hands them out")
+                self.send(peer, "trained", leases=self.coordinator.leases.state_dict())
             case "thresholds":
                 if not all(isinstance(name, str) for name in message["values"]):
                     raise wire.WireError(f"thresholds={message['values']!r}")

@@ -179,6 +179,19 @@ class BatchesOnDemand:
         over = grant.over and self._step == self._start + self._steps
         self._counters.after_batch(self._done, grant.taken, meets=grant.over, last=over)
 
+    def check_meeting(self) -> None:
+        """Refuse a meeting amid a step.
+
+        Raises:
+            MisconfigurationException: with what to write instead.
+        """
+        if self.amid_step:
+            raise MisconfigurationException(
+                "workers that are granted batches do not meet amid a step: some compute more of them than others. Log "
+                "with sync_dist=False or on_step=False, use no collective operation in training_step, or give each "
+                f"worker its shard: {type(self._trainer.strategy).__name__}(data='shards'), which is not elastic"
+            )
+
     def has_met(self) -> None:
         """All have met, and what this worker had not begun was taken back: ask anew."""
         self._grant, self._kept = None, ()

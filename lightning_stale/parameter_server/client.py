@@ -190,7 +190,7 @@ class ParameterClient:
             **{name: message[name] for name in ("version", "clock", "lead", "staleness", "applied")},
             wait_s=wait_s,
             compute_s=compute_s,
-            grant=None if message["grant"] is None else _grant_of(message["grant"]),
+            grant=None if message["grant"] is None else Grant.of(message["grant"]),
         )
         self.start_computing()
         return self.last_release
@@ -222,7 +222,7 @@ class ParameterClient:
         message = self._receive_weights("granted")
         self._wait_s += time.monotonic() - started
         self.start_computing()
-        return _grant_of(message["grant"])
+        return Grant.of(message["grant"])
 
     def meet(
         self, place: str, detail: str, pull: bool = True, timeout_s: float = math.inf, region: str = ""
@@ -371,11 +371,6 @@ class ParameterClient:
         times = {"wait_s": self._wait_s, "compute_s": self._compute_s}
         self._wait_s = self._compute_s = 0.0
         return times
-
-
-def _grant_of(values: Sequence[Any]) -> Grant:
-    lease, first, last, step, ahead, taken, most = values
-    return Grant(lease, first, last, step, tuple(ahead), taken, most)
 
 
 def _bytes_of(buffer: Tensor) -> memoryview:

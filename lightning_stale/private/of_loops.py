@@ -189,13 +189,13 @@ def check_epoch(trainer: Trainer) -> None:
     if loader is not None and len(loader.flattened) > 1:
         raise MisconfigurationException(
             f"batches of {len(loader.flattened)} training loaders cannot be handed out: write "
-            "StaleSyncStrategy(data='shards'), which is not elastic, or one loader over a dataset that has "
-            "the samples of all"
+            f"{type(trainer.strategy).__name__}(data='shards'), which is not elastic, or one loader over a dataset "
+            "that has the samples of all"
         )
     if trainer.enable_validation and check not in (None, math.inf, length) and int(check) % each:
         raise MisconfigurationException(
             f"{_ends_amid_step(trainer, int(check))}: write a multiple of {each}, or "
-            "StaleSyncStrategy(data='shards'), which is not elastic"
+            f"{type(trainer.strategy).__name__}(data='shards'), which is not elastic"
         )
 
 

@@ -405,11 +405,13 @@ class StaleStrategy(DDPStrategy):
         """Return a name that no other run has, the same on all ranks."""
         return self.broadcast(uuid.uuid4().hex)
 
-    def _join_others(self, run: str) -> None:
-        """Meet the other ranks, and hear of their failures, without a server."""
+    def _join_others(self, run: str, hands_out_batches: bool = False) -> None:
+        """Meet the other ranks, and hear of their failures, without a server; it may hand out batches."""
         assert self.cluster_environment is not None
         address = self.cluster_environment.main_address
-        self._others.connect(run, self.global_rank, self.topology, address, self._check_signals, super().barrier)
+        self._others.connect(
+            run, self.global_rank, self.topology, address, self._check_signals, super().barrier, hands_out_batches
+        )
 
     # --- collectives ------------------------------------------------------------------------------------------------
 

@@ -34,6 +34,8 @@ class AveragingEntry(TypedDict):
 
     outer: dict[str, Any] | None
     """``state_dict()`` of the outer optimizer, over the parameters in the order of the inner ones; None without one."""
+    data: NotRequired[dict[str, Any]]
+    """Amid an epoch whose batches are handed out: of which the changes are in the global weights."""
 
 
 def write(checkpoint: MutableMapping[str, Any], name: EntryName, make: Callable[[], Mapping[str, Any] | None]) -> None:

@@ -109,7 +109,12 @@ class HostedProcess(Generic[ProcessT]):
 
 
 def serve_coordinator(
-    process: CoordinatorProcess, credentials: Credentials, world_size: int, main_address: str, nodes: int
+    process: CoordinatorProcess,
+    credentials: Credentials,
+    world_size: int,
+    main_address: str,
+    nodes: int,
+    hands_out_batches: bool = False,
 ) -> Endpoint:
     """Let ``process`` coordinate ranks, and return where it is.
 
@@ -119,7 +124,8 @@ def serve_coordinator(
         world_size: the number of ranks.
         main_address: of rank 0's host.
         nodes: the number of hosts.
+        hands_out_batches: whether the ranks ask for batches.
     """
     host, reached_at = address.choose(main_address, nodes)
-    port = process.serve(world_size, host, credentials)
+    port = process.serve(world_size, host, credentials, hands_out_batches)
     return Endpoint(address=f"tcp://{reached_at}:{port}", host_id=memory.host_id(), pid=process.pid, layout=[])

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 
 from lightning_stale.averaging.merge import MERGES
 from lightning_stale.averaging.rounds import Interval
+from lightning_stale.data.loader import why_not
 from lightning_stale.events import Recorder
 from lightning_stale.events.averaging import AveragingCounts
 from lightning_stale.strategies.base import StaleStrategy
 from lightning_stale.strategies.checks import check_not_elastic
+from lightning_stale.strategies.handing_out import WHOLE, Data, check_data, granted, refuse
 from lightning_stale.strategies.updates.averaging import AveragingUpdate, OuterOptimizer
 
 
@@ -28,11 +31,14 @@ class HPSGDStrategy(StaleStrategy):
         outer_optimizer: makes the optimizer of the global weights from their list; the mean change is its gradient.
             ``None``: plain subtraction. ``lambda p: SGD(p, lr=0.7, momentum=0.9, nesterov=True)`` is delayed DiLoCo.
         merge: ``"hpsgd"``: the replica becomes the global weights; ``"cocod"``: and keeps its progress of this round.
+        data: ``"auto"``, ``"shards"``: every worker has its own part of an epoch, as in the paper, and the slowest says
+            how long it lasts; ``"on-demand"``: whoever is free gets the next batch, so that a slow worker takes fewer
+            steps in a round. With a number as ``interval`` all take equally many, whatever their speed.
         **kwargs: those of :class:`~lightning_stale.strategies.base.StaleStrategy`.
 
     Raises:
-        ValueError: for an unknown merge rule, an interval that is neither ``"auto"`` nor an integer >= 1, or
-            ``elastic=``, which needs a parameter server.
+        ValueError: for an unknown merge rule or way to share data, an interval that is neither ``"auto"`` nor an
+            integer >= 1, or ``elastic=``, which needs a parameter server.
         TypeError: for an ``outer_optimizer`` that cannot be called.
 
     Example::
@@ -55,6 +61,7 @@ class HPSGDStrategy(StaleStrategy):
         interval: Interval = "auto",
         outer_optimizer: OuterOptimizer | None = None,
         merge: str = "hpsgd",
+        data: Data = "auto",
         **kwargs: Any,
     ) -> None:
         check_not_elastic(
@@ -71,6 +78,8 @@ class HPSGDStrategy(StaleStrategy):
                 f"outer_optimizer={outer_optimizer!r}: write what makes an optimizer from the parameters, e.g. "
                 "lambda params: torch.optim.SGD(params, lr=0.7, momentum=0.9, nesterov=True)"
             )
+        check_data(data)
+        self.data = data
         self._update: AveragingUpdate
         super().__init__(update=AveragingUpdate(interval, MERGES[merge], outer_optimizer), **kwargs)
         self.interval, self.merge, self.outer_optimizer = interval, merge, outer_optimizer
@@ -90,10 +99,33 @@ class HPSGDStrategy(StaleStrategy):
     # --- training ---------------------------------------------------------------------------------------------------
 
     def _begin(self, run: str) -> None:
-        self._join_others(run)
+        self._join_others(run, hands_out_batches=self._update.hands_out_batches)
         self._counts = AveragingCounts()
         self._recorder = Recorder(self._counts)
         super()._begin(run)
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Workers that are granted batches all have the whole order of the epoch."""
+        return WHOLE if self._grants_batches() else super().distributed_sampler_kwargs
+
+    def _grants_batches(self) -> bool:
+        return self.data == "on-demand" and self.topology.world_size > 1 and self._require_trainer().training
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Let the training loader have the batches that this worker is granted, or its shard."""
+        if not self._grants_batches():
+            return super().process_dataloader(dataloader)
+        trainer, workers = self._require_trainer(), self.topology.world_size
+        reason = why_not(dataloader)
+        if reason is None and not trainer.lightning_module.automatic_optimization:
+            reason = (
+                "optimization is manual, and where all meet follows from how often optimizers have stepped: amid "
+                "rounds, workers cannot wait for each other to find out"
+            )
+        if reason is not None:
+            raise refuse(reason)
+        return granted(dataloader, workers, partial(self._update.hand_out_batches, trainer, workers))
 
     def meet(self, place: str) -> None:
         """Have all changes of all workers in the weights of each, once all are at ``place``."""
@@ -107,4 +139,5 @@ class HPSGDStrategy(StaleStrategy):
         self._summary = {"paradigm": repr(self), "updates": self._counts.rounds, "workers": rows}
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(interval={self.interval!r}, merge={self.merge!r})"
+        data = "" if self.data == "auto" else f", data={self.data!r}"
+        return f"{type(self).__name__}(interval={self.interval!r}, merge={self.merge!r}{data})"

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_stale.coordinator import client as coordinator
 from lightning_stale.coordinator.connection import ServerLostError
+from lightning_stale.coordinator.leases import Grant, Plan
 from lightning_stale.coordinator.process import CoordinatorProcess
 from lightning_stale.failures import FailureKind, RunFailedError, describe
 from lightning_stale.private import of_lightning, of_torch
@@ -57,6 +58,16 @@ class Control(Protocol):
         """Leave."""
 
 
+class MeetsForBatches(Protocol):
+    """Whose batches are taken back where all meet."""
+
+    def check_meeting(self) -> None:
+        """Raise if there can be no meeting now."""
+
+    def has_met(self) -> None:
+        """All have met."""
+
+
 class OtherRanks:
     """The others of one run, from when this rank has joined them; where there are none, nothing is waited for.
 
@@ -70,6 +81,8 @@ class OtherRanks:
     def __init__(self, trainer: Callable[[], Trainer]) -> None:
         self._trainer = trainer
         self._control: Control | None = None
+        self._coordinator: coordinator.Control | None = None  # the same, where there is no server
+        self._batches: MeetsForBatches | None = None
         self.region = ""
         self.host = HostedProcess(CoordinatorProcess, "coordinator", needs_secret=False)
         """That of the coordinator through which they meet, unless they do otherwise."""
@@ -94,6 +107,7 @@ class OtherRanks:
         main_address: str,
         check: Callable[[], None],
         barrier: Callable[[], None],
+        hands_out_batches: bool = False,
     ) -> None:
         """Meet them through a coordinator of this run, in a process beside rank 0.
 
@@ -104,21 +118,27 @@ class OtherRanks:
             main_address: of rank 0's host.
             check: called while waiting; raises to break off.
             barrier: returns once all ranks have called it.
+            hands_out_batches: whether it is to be asked for batches.
         """
         self.leave(finished=True)
         if topology.world_size == 1:
             return
         serve = partial(
-            serve_coordinator, world_size=topology.world_size, main_address=main_address, nodes=topology.nodes
+            serve_coordinator,
+            world_size=topology.world_size,
+            main_address=main_address,
+            nodes=topology.nodes,
+            hands_out_batches=hands_out_batches,
         )
         endpoint, credentials = self.host.introduce(run, rank, topology, serve, check)
-        self._control = coordinator.Control(endpoint, credentials, rank, check)
+        self._control = self._coordinator = coordinator.Control(endpoint, credentials, rank, check)
         self.guard(barrier)  # until all have connected
         self.host.end_introduction()
 
     def leave(self, finished: bool) -> None:
         """Meet them no longer; ``finished``: all is done here, and nothing has failed."""
         control, self._control = self._control, None
+        self._coordinator = self._batches = None
         if control is not None:
             control.close(finished)
         self.host.end_introduction()
@@ -132,12 +152,14 @@ class OtherRanks:
     def come_to(self, place: str) -> None:
         """Let them know that this rank is at ``place``, and will wait for them in :meth:`wait`."""
         if self._control is not None:
+            self._check_meeting()
             self.guard(partial(self._control.come_to, place, self._detail()))
 
     def wait(self) -> None:
         """Wait until all have come to the place that this rank has come to."""
         if self._control is not None:
             self.guard(self._control.await_others)
+            self._note_meeting()
 
     def meet(self, place: str) -> None:
         """Wait until all are at ``place``.
@@ -146,7 +168,35 @@ class OtherRanks:
             RunFailedError: if one of them has ended, or they are at different places, with those of all.
         """
         if self._control is not None:
+            self._check_meeting()
             self.guard(partial(self._control.meet, place, self._detail(), self.region))
+            self._note_meeting()
+
+    def _check_meeting(self) -> None:
+        if self._batches is not None:
+            self._batches.check_meeting()
+
+    def _note_meeting(self) -> None:
+        if self._batches is not None:
+            self._batches.has_met()
+
+    # --- batches, which their coordinator hands out -----------------------------------------------------------------
+
+    def hand_out(self, batches: MeetsForBatches) -> None:
+        """Let ``batches``, which are requested here, know of every meeting."""
+        self._batches = batches
+
+    def request(self, leases: Sequence[int], plan: Plan | None, kept: Sequence[int]) -> Grant:
+        """Wait for batches to compute; see :meth:`lightning_stale.coordinator.client.Control.request`."""
+        assert self._coordinator is not None
+        return self.guard(partial(self._coordinator.request, leases, plan, kept))
+
+    def trained(self) -> dict[str, Any]:
+        """Return which batches are committed; also when the run has failed."""
+        assert self._coordinator is not None
+        return self._coordinator.trained()
+
+    # --- failures ---------------------------------------------------------------------------------------------------
 
     def guard(self, call: Callable[[], _T]) -> _T:
         """Run ``call``, which may wait for others; what breaks because of another rank raises what happened there.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any, Literal, cast
+from functools import partial
+from typing import Any, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
@@ -11,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
-from lightning_stale.data.loader import OnDemandLoader, why_not, with_shards
+from lightning_stale.data.loader import why_not, with_shards
 from lightning_stale.data.on_demand import why_rather_not
 from lightning_stale.elastic import Elastic, as_elastic
 from lightning_stale.failures import RunFailedError
@@ -19,6 +20,7 @@ from lightning_stale.paradigms import ASP, PARADIGMS, BoundedDelay, Paradigm, as
 from lightning_stale.parameter_server.apply import ApplyRule, Plain, as_apply_rule
 from lightning_stale.parameter_server.client import Release, Transport
 from lightning_stale.parameter_server.process import ServerProcess
+from lightning_stale.strategies.handing_out import WHOLE, Data, check_data, granted, refuse
 from lightning_stale.strategies.hosted_process import HostedProcess
 from lightning_stale.strategies.joinable import JoinableStrategy
 from lightning_stale.strategies.updates.server import ServerUpdate
@@ -76,7 +78,7 @@ class StaleSyncStrategy(JoinableStrategy):
         paradigm: str | Paradigm = "dssp",
         transport: Transport = "auto",
         apply: str | ApplyRule = "plain",
-        data: Literal["auto", "on-demand", "shards"] = "auto",
+        data: Data = "auto",
         elastic: bool | Elastic = False,
         **kwargs: Any,
     ) -> None:
@@ -84,8 +86,7 @@ class StaleSyncStrategy(JoinableStrategy):
             raise ValueError(f"transport={transport!r} is unknown: write 'auto', 'shm' or 'tcp'")
         if transport == "shm" and not memory.supported():
             raise ValueError("transport='shm' needs Linux: write transport='auto' or 'tcp'")
-        if data not in ("auto", "on-demand", "shards"):
-            raise ValueError(f"data={data!r} is unknown: write 'auto', 'on-demand' or 'shards'")
+        check_data(data)
         self.data = data
         self.elastic = as_elastic(elastic)
         self._patience = None if self.elastic is None else timedelta(seconds=self.elastic.patience_s)
@@ -187,7 +188,7 @@ class StaleSyncStrategy(JoinableStrategy):
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Workers that are granted batches all have the whole order of the epoch."""
         if self._grants_batches():
-            return {"num_replicas": 1, "rank": 0}
+            return WHOLE
         return super().distributed_sampler_kwargs
 
     def _grants_batches(self) -> bool:
@@ -203,23 +204,22 @@ class StaleSyncStrategy(JoinableStrategy):
         if not self._grants_batches():
             return super().process_dataloader(dataloader)
         reason = why_not(dataloader)
-        loader = cast(DataLoader[Any], dataloader)
+        workers = self.topology.world_size  # an epoch is as long as it began, whoever comes and goes
         if reason is None and self.data == "auto" and self.elastic is None:
-            reason = why_rather_not(trainer, loader, self.topology.world_size)
+            reason = why_rather_not(trainer, cast(DataLoader[Any], dataloader), workers)
         if reason is None:
-            prefetch = loader.num_workers * (loader.prefetch_factor or 0)
-            workers = self.topology.world_size  # an epoch is as long as it began, whoever comes and goes
-            next_batch = self._update.hand_out_batches(
-                trainer, workers, prefetch, self.joined_batches, self.before_segment
+            joined, before_segment = self.joined_batches, self.before_segment
+            hand_out = partial(
+                self._update.hand_out_batches, trainer, workers, joined=joined, before_segment=before_segment
             )
-            return OnDemandLoader(loader, workers, next_batch)
+            return granted(dataloader, workers, hand_out)
         if self.elastic is not None:
             raise MisconfigurationException(
                 f"elastic={self.elastic!r} hands out batches, so that none is lost with a worker, but {reason}: write "
                 "elastic=False"
             )
         if self.data == "on-demand":
-            raise MisconfigurationException(f"data='on-demand', but {reason}: write data='shards'")
+            raise refuse(reason)
         unbounded = f", so that {self.paradigm!r} bounds nothing" if isinstance(self.paradigm, BoundedDelay) else ""
         rank_zero_info(f"Every worker has training data of its own{unbounded}: {reason}.")
         return with_shards(dataloader, super().distributed_sampler_kwargs)

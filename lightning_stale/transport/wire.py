@@ -60,6 +60,7 @@ SCHEMA: dict[str, dict[str, type | tuple[type, ...]]] = {
         "kept": list,  # leases of batches whose gradients a later push will have
         "steps": int,  # of optimizers, in the batch that is over
     },
+    "progress": {},  # which batches of the epoch are committed
     "pull": {},  # all weights, without waiting
     "thresholds": {"values": dict},  # names and new values; the reply is None, or what is wrong with them
     "optimizer_state": {"optimizer": int},
@@ -80,6 +81,7 @@ SCHEMA: dict[str, dict[str, type | tuple[type, ...]]] = {
         "nbytes": int,
     },
     "granted": {"version": int, "grant": list, "nbytes": int},
+    "trained": {"leases": dict},  # `Leases.state_dict()`
     "refused": {"lease": int},  # the push, which holds one that was taken back
     "synced": {
         "version": int,

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -347,12 +346,8 @@ class ServerUpdate(Update):
         others.guard(lambda: control.meet_and_pull(place, detail, timeout_s, others.region))
 
     def _check_meeting(self) -> None:
-        if self._batches is not None and self._batches.amid_step:
-            raise MisconfigurationException(
-                "workers that are granted batches do not meet amid a step: some compute more of them than others. Log "
-                "with sync_dist=False or on_step=False, use no collective operation in training_step, or give each "
-                "worker its shard: StaleSyncStrategy(data='shards'), which is not elastic"
-            )
+        if self._batches is not None:
+            self._batches.check_meeting()
 
     def _note_meeting(self, meeting: Meeting) -> None:
         self.members, thresholds = meeting.members, meeting.thresholds
