@@ -84,6 +84,11 @@ class Rounds:
             if not isinstance(self.outer, Optimizer):
                 raise TypeError(f"outer_optimizer returned {self.outer!r}: write what returns a torch.optim.Optimizer")
 
+    def note_step(self) -> None:
+        """Call instead of :meth:`after_step` where :meth:`flush` comes next."""
+        self._steps += 1
+        self._record(events.Stepped(time.perf_counter()))
+
     @torch.no_grad()
     def after_step(self) -> bool:
         """Call after every step of the inner optimizer.
@@ -91,8 +96,7 @@ class Rounds:
         Returns:
             Whether a round has begun: all changes of before are on their way, and those that were, have been averaged.
         """
-        self._steps += 1
-        self._record(events.Stepped(time.perf_counter()))
+        self.note_step()
         if not self._in_flight:  # round 0
             if self._interval == "auto" or self._steps >= self._interval:
                 self._take_changes()

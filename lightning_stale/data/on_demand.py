@@ -179,17 +179,26 @@ class BatchesOnDemand:
         over = grant.over and self._step == self._start + self._steps
         self._counters.after_batch(self._done, grant.taken, meets=grant.over, last=over)
 
-    def check_meeting(self) -> None:
+    @property
+    def over(self) -> bool:
+        """Whether none is left before the next meeting, which has not been yet."""
+        return self._grant is not None and self._grant.over
+
+    def check_meeting(self, between_steps: bool = True) -> None:
         """Refuse a meeting amid a step.
+
+        Args:
+            between_steps: whether they may meet between two.
 
         Raises:
             MisconfigurationException: with what to write instead.
         """
-        if self.amid_step:
+        if self.amid_step or (not between_steps and self._grant is not None):
+            nor = "" if between_steps else ", nor between two"
             raise MisconfigurationException(
-                "workers that are granted batches do not meet amid a step: some compute more of them than others. Log "
-                "with sync_dist=False or on_step=False, use no collective operation in training_step, or give each "
-                f"worker its shard: {type(self._trainer.strategy).__name__}(data='shards'), which is not elastic"
+                f"workers that are granted batches do not meet amid a step{nor}: some compute more of them than "
+                "others. Log with sync_dist=False or on_step=False, use no collective operation in training_step, or "
+                f"give each worker its shard: {type(self._trainer.strategy).__name__}(data='shards'), which is not elastic"
             )
 
     def has_met(self) -> None:

@@ -62,7 +62,7 @@ class MeetsForBatches(Protocol):
     """Whose batches are taken back where all meet."""
 
     def check_meeting(self) -> None:
-        """Raise if there can be no meeting now."""
+        """Raise if there can be no meeting now that they only wait for."""
 
     def has_met(self) -> None:
         """All have met."""
@@ -152,7 +152,6 @@ class OtherRanks:
     def come_to(self, place: str) -> None:
         """Let them know that this rank is at ``place``, and will wait for them in :meth:`wait`."""
         if self._control is not None:
-            self._check_meeting()
             self.guard(partial(self._control.come_to, place, self._detail()))
 
     def wait(self) -> None:
@@ -168,13 +167,10 @@ class OtherRanks:
             RunFailedError: if one of them has ended, or they are at different places, with those of all.
         """
         if self._control is not None:
-            self._check_meeting()
+            if self._batches is not None:
+                self._batches.check_meeting()
             self.guard(partial(self._control.meet, place, self._detail(), self.region))
             self._note_meeting()
-
-    def _check_meeting(self) -> None:
-        if self._batches is not None:
-            self._batches.check_meeting()
 
     def _note_meeting(self) -> None:
         if self._batches is not None:

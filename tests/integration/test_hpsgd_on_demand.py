@@ -98,7 +98,7 @@ def resume(rank: int, world_size: int, kind: dict[str, Any], folder: Path) -> An
 
 @pytest.mark.parametrize("kind", KINDS[::2], ids=repr)
 def test_a_resumed_run_trains_exactly_the_rest(kind: Any, tmp_path: Path) -> None:
-    run_workers(save, 3, tmp_path / "save", kind, tmp_path)
+    run_workers(save, 3, tmp_path / "save", kind, tmp_path, timeout=25)
     assert {path.name for path in tmp_path.glob("*.ckpt")} == {f"step={5 * n}.ckpt" for n in range(1, 7)}
     entry = torch.load(tmp_path / "step=20.ckpt", weights_only=True)["lightning_stale_hpsgd"]["data"]
     assert (entry["epoch"], entry["committed"]) == (1, [[0, 12]]), "48 batches an epoch, 16 steps of three workers"

@@ -193,8 +193,8 @@ def test_values_reach_the_constructors(tmp_path: Path) -> None:
             ["+trainer/strategy=bounded-delay", "trainer.strategy.paradigm.waiting=much"],
             "'much' of type 'str' could not",
         ),
-        (["+trainer/strategy=hpsgd", "trainer.strategy.data=shards"], "Key 'data' not in 'HPSGDStrategy'"),
         (["+trainer/strategy=hpsgd", "trainer.strategy.elastic=true"], "Key 'elastic' not in 'HPSGDStrategy'"),
+        (["+trainer/strategy=dsp", "trainer.strategy.data=shards"], "Key 'data' not in 'DSPStrategy'"),
         (["+trainer/strategy=dsp", "trainer.strategy.elastic=true"], "Key 'elastic' not in 'DSPStrategy'"),
         (["+trainer/strategy=hpsgd", "+adaptation=dssp"], "adaptation_dssp.*Key 'paradigm' not in 'HPSGDStrategy'"),
         (["+trainer/strategy=asp", "+apply=ringmaster", "trainer.strategy.apply.r=8"], "Key 'r' not in 'Ringmaster'"),
@@ -235,6 +235,8 @@ def test_values_out_of_range_are_the_constructors_errors(tmp_path: Path) -> None
         cfg = an_app(tmp_path)("+trainer/strategy=bounded-delay", f"trainer.strategy.{override}")
         with pytest.raises(InstantiationException, match=message):
             instantiate(cfg)
+    cfg = an_app(tmp_path)("+trainer/strategy=hpsgd", "trainer.strategy.data=on-demand")
+    assert instantiate(cfg.trainer.strategy).data == "on-demand"
 
 
 def test_adaptations(tmp_path: Path) -> None:

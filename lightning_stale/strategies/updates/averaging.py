@@ -132,12 +132,20 @@ class AveragingUpdate(Update):
         return result
 
     def after_batch(self) -> None:
-        """End the round if it is time; not earlier: manual optimization may hold a graph over the weights."""
+        """End the round if it is time; not earlier: manual optimization may hold a graph over the weights.
+
+        Where no batch is left before the next meeting, all meet here: it may be one that sees to no round, such as a
+        collective that asks whether to save.
+        """
         if self._training is None:
             return
-        if self._rounds is not None and self._stepped and self._training.others.guard(self._rounds.after_step):
+        stepped, self._stepped = self._stepped, False
+        if self._batches is not None and self._batches.over:  # others may wait for a sum, and no round begins here
+            if self._rounds is not None and stepped:
+                self._rounds.note_step()
+            self.meet("the last batch before a meeting")
+        elif self._rounds is not None and stepped and self._training.others.guard(self._rounds.after_step):
             self._leases.begin_round()
-        self._stepped = False
         self._training.others.check()
 
     def meet(self, place: str) -> None:
@@ -157,14 +165,16 @@ class AveragingUpdate(Update):
                 f"when fit started and has {held} now, which would not be averaged: give it all parameters "
                 "in configure_optimizers and freeze them with requires_grad=False until they are to learn"
             )
+        if self._batches is not None:
+            self._batches.check_meeting()
         others.come_to(place)  # before the flush, which waits for the others without knowing where they are
         others.guard(self._rounds.flush)
         others.wait()
 
     def check_meeting(self) -> None:
-        """Refuse a meeting amid a step, where batches are handed out."""
+        """Refuse a meeting of workers that are granted batches, for which no round is ended: others may wait for it."""
         if self._batches is not None:
-            self._batches.check_meeting()
+            self._batches.check_meeting(between_steps=False)
 
     def has_met(self) -> None:
         """All have met, and the coordinator has committed what was trained, and taken back what was not begun."""

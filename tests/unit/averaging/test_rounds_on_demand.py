@@ -100,10 +100,13 @@ class Rank:
                 self.trained += mine
                 self.replica[list(mine)] -= 1
                 grant = self.request((grant.lease,), None)
-                if self.rounds.after_step():
+                if grant.over:
+                    self.rounds.note_step()
+                elif self.rounds.after_step():
                     self.leases.begin_round()
             assert grant.step == until
             self.meet(f"step {until}")
+            self.meet("a collective", drains=False)
             assert self.run.leases.committed == end
             batches = self.run.division.batches(end - 1)[1]
             expected = torch.zeros(plan.batches)
