@@ -198,7 +198,8 @@ class BatchesOnDemand:
             raise MisconfigurationException(
                 f"workers that are granted batches do not meet amid a step{nor}: some compute more of them than "
                 "others. Log with sync_dist=False or on_step=False, use no collective operation in training_step, or "
-                f"give each worker its shard: {type(self._trainer.strategy).__name__}(data='shards'), which is not elastic"
+                f"give each worker its shard: {type(self._trainer.strategy).__name__}(data='shards'), which is not "
+                "elastic"
             )
 
     def has_met(self) -> None:

@@ -25,6 +25,8 @@ class ServerEntry(TypedDict):
     """The apply rule, and what it keeps between pushes."""
     data: NotRequired[dict[str, Any]]
     """Amid an epoch whose batches are handed out: which of them are trained."""
+    changes: NotRequired[dict[str, int]]
+    """How many workers have joined and were lost, and how many leases were taken back from these; not before 0.2."""
     phases: list[dict[str, Any]]
     workers: list[dict[str, Any]]
 
