@@ -26,7 +26,7 @@ class ServerEntry(TypedDict):
     data: NotRequired[dict[str, Any]]
     """Amid an epoch whose batches are handed out: which of them are trained."""
     changes: NotRequired[dict[str, int]]
-    """How many workers have joined and were lost, and how many leases were taken back from these; not before 0.2."""
+    """How many workers have joined and were lost, and how many leases were taken back from these."""
     phases: list[dict[str, Any]]
     workers: list[dict[str, Any]]
 

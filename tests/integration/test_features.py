@@ -443,7 +443,9 @@ def test_callbacks_loggers_and_what_follows_fit_with_two_workers(tmp_path: Path)
 
     for result in (first, second):
         for summary in (result["summary"], result["second summary"], *result["summaries"]):
-            assert summary.keys() == {"paradigm", "thresholds", "apply", "updates", "phases", "workers"}
+            counts = {"updates", "joins", "leaves", "taken_back"}
+            assert summary.keys() == {"paradigm", "thresholds", "apply", *counts, "phases", "workers"}
+            assert summary["joins"] == summary["leaves"] == summary["taken_back"] == 0
             assert summary["paradigm"] == "SSP(threshold=2)"
             assert summary["thresholds"] == {"threshold": 2}
             assert [phase["thresholds"] for phase in summary["phases"]] == [{"threshold": 2}]

@@ -93,7 +93,9 @@ def fit(rank: int, world_size: int, strategies: list[Any], sequential: bool) -> 
 
 
 def strategies() -> list[Any]:
-    return [*PARADIGMS, *(StaleSyncStrategy(paradigm=paradigm, transport="tcp") for paradigm in ("bsp", "asp"))]
+    """All paradigms, over both transports, with as many batches for each worker."""
+    by_tcp = [StaleSyncStrategy(paradigm=paradigm, transport="tcp", data="shards") for paradigm in ("bsp", "asp")]
+    return [*(StaleSyncStrategy(paradigm=paradigm, data="shards") for paradigm in PARADIGMS), *by_tcp]
 
 
 def test_a_loss_is_differentiated_at_the_weights_it_was_computed_with(tmp_path: Path) -> None:

@@ -150,7 +150,8 @@ def fit_held(rank: int, folder: Path, paradigm: Any, others: int) -> tuple[int, 
 def test_one_worker_trains_what_another_has_no_time_for(tmp_path: Path) -> None:
     (held, summary), (free, _) = run_workers(fit_held, 2, tmp_path, tmp_path, ASP(), SAMPLES // 2 - 1)
     assert (held, free) == (1, SAMPLES // 2 - 1)
-    assert summary["workers"][0]["max_staleness"] == SAMPLES // 2 - 1
+    # the free one has begun its last batch when the held one goes on: which of the two pushes comes first is open
+    assert summary["workers"][0]["max_staleness"] in (SAMPLES // 2 - 2, SAMPLES // 2 - 1)
 
 
 class Tqdm(TQDMProgressBar):
