@@ -38,7 +38,8 @@ WHICH = {  # strategy: its page, and its row in the results of workers.py and of
 }
 PIPELINES = {"equal": "pipeline_equal", "hiccups": "pipeline_stragglers"}
 DSP = "DSP, m = 2(K-1-k), no recompute"
-DEATHS: dict[str, str] = {}  # strategy: what benchmarks/faults.py has found; GAP until then
+_GOES_ON = dict.fromkeys(("bsp", "ssp", "dssp", "asp", "bounded-delay"), "goes on")
+DEATHS = {"ddp": "ends", **_GOES_ON, "hpsgd": "starts anew", "dsp": "starts anew"}  # benchmarks/faults.py, test_restart
 GAP = "?"
 
 
