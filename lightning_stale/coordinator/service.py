@@ -83,8 +83,7 @@ class Plane:
 
     def met(self, peer: Peer, reply: m.Met) -> None:
         """Tell ``peer`` that all have met."""
-        fields = {"thresholds": dict(reply.thresholds), "members": list(chain.from_iterable(reply.members))}
-        self._service.send(peer, "synced", version=0, nbytes=0, **fields)
+        self._service.send(peer, "synced", version=0, nbytes=0, **fields_of(reply))
 
     def thresholds_set(self, peer: Peer, reply: m.ThresholdsSet) -> None:
         """Tell ``peer`` about its thresholds."""
@@ -352,6 +351,11 @@ class Service:
         if not self._stranger_logged:
             self._stranger_logged = True
             log.warning("The %s ignored a stranger on its port (logged once): %s", self._name, what)
+
+
+def fields_of(met: m.Met) -> dict[str, Any]:
+    """Return what a member is told of a meeting, as the fields of a message."""
+    return {"thresholds": dict(met.thresholds), "members": list(chain.from_iterable(met.members))}
 
 
 def numbers(values: list[Any]) -> tuple[int, ...]:

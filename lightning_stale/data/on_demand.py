@@ -273,24 +273,20 @@ class BatchesOnDemand:
         """
         if leases["plan"] is None or leases["plan"]["epoch"] != self._epoch:
             return None
-        rest = set(self._rest)
-        trained = {self._rest[number] for number in _numbers(leases["committed"])}
-        done = (number for number in range(self._batches) if number in trained or number not in rest)
-        return {
-            "epoch": self._epoch,
-            "order": self._order,
-            "committed": merged((number, number + 1) for number in done),
-        }
+        return self._where({self._rest[number] for number in _numbers(leases["committed"])})
 
     def segment(self) -> dict[str, Any]:
         """Return where all are as they ask anew after a meeting, for one who comes to them: plain numbers and lists."""
-        rest = set(self._rest)
-        done = (number for number in range(self._batches) if number not in rest)
+        return {**self._where(set()), "step": self._step}
+
+    def _where(self, trained: set[int]) -> dict[str, Any]:
+        """Return which batches are trained: those before this fit began with the epoch, and ``trained``."""
+        left = set(self._rest) - trained
+        done = (number for number in range(self._batches) if number not in left)
         return {
             "epoch": self._epoch,
             "order": self._order,
             "committed": merged((number, number + 1) for number in done),
-            "step": self._step,
         }
 
     def release(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from lightning_stale import events
 from lightning_stale.coordinator import messages as m
-from lightning_stale.coordinator.service import Peer, Plane, Service, numbers
+from lightning_stale.coordinator.service import Peer, Plane, Service, fields_of, numbers
 from lightning_stale.events.stale_sync import StaleSyncCounts
 from lightning_stale.paradigms import Paradigm
 from lightning_stale.parameter_server.store import ParameterStore, Push
@@ -315,10 +314,7 @@ class Shard(Plane):
 
     def met(self, peer: Peer, reply: m.Met) -> None:
         worker = self._workers[peer.member]
-        fields: dict[str, Any] = {
-            "thresholds": dict(reply.thresholds),
-            "members": list(chain.from_iterable(reply.members)),
-        }
+        fields = fields_of(reply)
         if worker.pulls:
             self._give_weights(peer, worker, "synced", **fields)
         else:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -120,11 +121,7 @@ def resume_from(
         replace(strategy, "load_model_state_dict", load_model_state_dict),
     ]
 
-    def undo_all() -> None:
-        for one in undo:
-            one()
-
-    return undo_all
+    return partial(_undo_each, undo)
 
 
 def _take_over_folders(trainer: Trainer, states: dict[str, dict[str, Any]]) -> None:
@@ -163,7 +160,7 @@ def begin_amid(trainer: Trainer, begun: Callable[[], None]) -> Callable[[], None
         reset()
         loop.restarting = fit_loop._restarting = False  # the setter of the latter makes True of it with max_steps
         loop.reset_restart_stage()
-        undo_all()
+        _undo_each(undo)
 
     undo = [
         replace(fit_loop, "on_run_start", start),
@@ -171,8 +168,9 @@ def begin_amid(trainer: Trainer, begun: Callable[[], None]) -> Callable[[], None
         replace(loop, "reset", reset_nothing),
     ]
 
-    def undo_all() -> None:
-        for one in undo:
-            one()
+    return partial(_undo_each, undo)
 
-    return undo_all
+
+def _undo_each(undo: Sequence[Callable[[], None]]) -> None:
+    for one in undo:
+        one()

@@ -69,10 +69,13 @@ class EpochCounters:
         progress.increment_ready()  # the loop has counted these two already
         progress.increment_started()
         self._set_end(step, meets, last)
-        ahead = step - 1 - self._stepped.current.completed
+        self._set_steps(step - 1, begun=1)
+
+    def _set_steps(self, completed: int, begun: int) -> None:
+        ahead = completed - self._stepped.current.completed
         for tracker in (self._stepped.current, self._stepped.total):
             tracker.completed += ahead
-            tracker.ready = tracker.completed + 1
+            tracker.ready = tracker.completed + begun
 
     def _set_end(self, step: int, meets: bool, last: bool) -> None:
         self._loop.batch_progress.is_last_batch = self._fetcher.done = last
@@ -93,10 +96,7 @@ class EpochCounters:
         self.before_batch(batches - 1, last)
         progress = self._loop.batch_progress
         progress.increment_started()  # the loop counts this one as ready, processed and completed
-        ahead = step - self._stepped.current.completed
-        for tracker in (self._stepped.current, self._stepped.total):
-            tracker.completed += ahead
-            tracker.ready = tracker.completed
+        self._set_steps(step, begun=0)
         self._set_by_hand(taken)
         self._loop._batches_that_stepped = self._logged + step - 1
         self._loop._skip_next_val = False
