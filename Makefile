@@ -13,7 +13,7 @@ test: .venv/.installed
 	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 soak: .venv/.installed
-	LIGHTNING_STALE_SOAK_EVENTS=1000000 $(BIN)/python -m pytest -s tests/unit/coordinator/test_machine.py
+	LIGHTNING_STALE_SOAK_EVENTS=1000000 LIGHTNING_STALE_SOAK_SEED=$$(date +%s) $(BIN)/python -m pytest -s tests/unit/coordinator/test_machine.py
 
 faults: .venv/.installed
 	$(BIN)/python benchmarks/faults.py --faults 1000
