@@ -29,6 +29,8 @@ from typing import Any
 
 import psutil
 
+from tests.integration.startup import spares
+
 ROOT = Path(__file__).parents[2]
 STARTUP = Path(__file__).parent / "startup"
 """On the path of every script: its ``sitecustomize`` saves two thirds of what a script costs that imports lightning."""
@@ -43,6 +45,7 @@ _context.set_forkserver_preload(
     [
         "tests.integration.startup.forkserver",
         "lightning_stale",
+        "lightning_stale.coordinator.round_leases",
         "lightning_stale.parameter_server.shard",
         "pytest",
         __name__,
@@ -51,6 +54,7 @@ _context.set_forkserver_preload(
 )
 
 
+_SPARES = 4  # servers that rank 0 of a test may start; it starts what it needs beyond that for real
 _SESSION = f"{os.getpid()}-{uuid.uuid4().hex}"
 _LAST_WILL = f"""
 import sys
@@ -94,9 +98,9 @@ class Workers:
         """Return the parameter server's process, as soon as it is there."""
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
-            for process in marked(self.mark):
+            for process in marked(self.mark, groups=[self.pid(rank) for rank in range(len(self.processes))]):
                 with contextlib.suppress(psutil.Error):
-                    if "lightning_stale.parameter_server" in process.cmdline():
+                    if is_server(process):
                         return process
             time.sleep(0.05)
         raise AssertionError("no parameter server came up")
@@ -184,6 +188,11 @@ def run_workers(
     failed = [worker for worker in ended if worker.exitcode != 0 or worker.error]
     assert not failed, "\n".join(f"rank {w.rank} (exit code {w.exitcode}):\n{w.error}" for w in failed)
     return [worker.result for worker in ended]
+
+
+def is_server(process: psutil.Process, module: str = "lightning_stale.parameter_server") -> bool:
+    """Whether ``process`` runs ``module``, the one or the other server: started for it, or forked."""
+    return module in process.cmdline() or process.name() == module.rpartition(".")[2][: spares.NAME_BYTES]
 
 
 def signal_test(folder: Path | str, name: str) -> None:
@@ -321,6 +330,8 @@ def _main(
 ) -> None:
     os.environ.update(environment)
     os.setpgrp()  # what this worker forks is found by its group; what it executes, by the mark in the environment too
+    if rank == 0:
+        spares.keep(_SPARES)
     threading.Thread(target=_end_with_the_tests, daemon=True).start()
     multiprocessing.set_start_method("fork", force=True)  # as in a user's process: DataLoader workers end with this one
     stack = (Path(folder) / f"stack-{rank}").open("w")

@@ -161,24 +161,28 @@ class CollectiveCounter(L.Callback):
     def __init__(self) -> None:
         self.count = 0
         self.names: set[str] = set()
+        self._begun, self._called = 0, set[str]()
         self._undo: list[Callable[[], None]] = []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 0:
-            self.count = -self._sequence_number()
+        """Whichever is the last of this worker: who gets batches on demand need not have the one of the last number."""
+        if not self._undo:
+            self._begun = self._sequence_number()
             for name in COLLECTIVES:
                 self._wrap(name)
-        if batch_idx == STEPS - 1:
-            self.count += self._sequence_number()
-            while self._undo:
-                self._undo.pop()()
+        self.count = self._sequence_number() - self._begun
+        self.names = set(self._called)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        while self._undo:
+            self._undo.pop()()
 
     def _wrap(self, name: str) -> None:
         original = getattr(torch.distributed, name)
 
         @functools.wraps(original)
         def counted(*args: Any, **kwargs: Any) -> Any:
-            self.names.add(name)
+            self._called.add(name)
             return original(*args, **kwargs)
 
         setattr(torch.distributed, name, counted)

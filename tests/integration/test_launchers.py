@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_stale import DSSP, StaleSyncStrategy
 from lightning_stale.transport.secret import SecretError
-from tests.integration.harness import free_port, run_script, run_workers, script
+from tests.integration.harness import PLAIN, free_port, run_script, run_workers, script
 from tests.integration.models import Regression, assert_same, loader, trainer, weights
 
 STEPS = 20
@@ -97,7 +97,7 @@ def assert_summary(summary: Any, paradigm: str, updates: int) -> None:
 
 def test_popen_and_several_trainers_in_one_script(expected: dict[str, Tensor], tmp_path: Path) -> None:
     names = ("bsp", "ssp", "ddp", "tcp:dssp", "asp", "bsp")
-    ended = run_script(SCRIPT, tmp_path, "1", *names)
+    ended = run_script(SCRIPT, tmp_path, "1", *names, env=PLAIN)  # a process for each rank and server
     assert ended.returncode == 0, ended.output
     results = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in (0, 1)]
     for name, (left, left_summary), (right, right_summary) in zip(names, *results, strict=True):

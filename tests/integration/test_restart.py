@@ -31,6 +31,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 import lightning_stale
+from tests.integration.harness import is_server
 from tests.integration.models import Ledger, numbered, trainer
 from tests.integration.test_restart import BATCH, EPOCHS, SAMPLES
 from tests.unit.pipeline.networks import Chain, batches
@@ -45,7 +46,7 @@ def kill():
         return
     pid = os.getpid()
     if victim == "server":
-        (pid,) = [p.pid for p in psutil.Process().children() if "lightning_stale.parameter_server" in p.cmdline()]
+        (pid,) = [p.pid for p in psutil.Process().children() if is_server(p)]
     os.kill(pid, signal.SIGSEGV if victim == "segv" else signal.SIGKILL)
 
 
@@ -87,7 +88,7 @@ def torchrun() -> list[str]:
 def run(folder: Path, strategy: str, victim: str, at_step: int = 30, every: int = 0, torchrun_: bool = False) -> Any:
     """Return weights and steps at the end, the steps that each rank has begun with, and what was printed."""
     command = torchrun() if torchrun_ else SUPERVISED
-    ended = run_script(SCRIPT, folder, strategy, victim, str(at_step), str(every), command=command, env=PLAIN)
+    ended = run_script(SCRIPT, folder, strategy, victim, str(at_step), str(every), command=command)
     assert ended.returncode == 0, ended.output
     steps = [list(map(int, (folder / f"steps-{rank}.txt").read_text().split())) for rank in range(WORKERS)]
     return *torch.load(folder / "end.pt"), steps, ended.output
@@ -159,6 +160,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_stale
+from tests.integration.harness import is_server
 from tests.integration.models import Ledger, numbered, trainer
 from tests.integration.test_restart import SAMPLES
 
@@ -184,7 +186,7 @@ if t.is_global_zero:
 
 
 def test_a_fit_that_had_ended_is_not_trained_again_and_the_next_has_its_weights(tmp_path: Path) -> None:
-    ended = run_script(TWO_FITS, tmp_path, command=SUPERVISED, env=PLAIN)
+    ended = run_script(TWO_FITS, tmp_path, command=SUPERVISED)
     assert ended.returncode == 0, ended.output
     assert torch.equal(torch.load(tmp_path / "end.pt")["pages"], torch.full((SAMPLES,), -(2.0**-10) * 3))
     steps = (tmp_path / "steps.txt").read_text().split()

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_stale import DSPStrategy, Elastic, HPSGDStrategy, StaleSyncStrategy
 from lightning_stale.transport import wire
-from tests.integration.harness import marked, signal_test, workers
+from tests.integration.harness import is_server, marked, signal_test, workers
 from tests.integration.models import trainer
 from tests.unit.pipeline.networks import Chain, batches
 
@@ -56,7 +56,7 @@ def test_nobody_is_taken_for_dead_after_a_suspension(strategy: str, tmp_path: Pa
         group.wait_for("under-way")
         everybody = marked(group.mark, groups=[group.pid(rank) for rank in range(2)])
         host = "lightning_stale.parameter_server" if strategy == "elastic" else "lightning_stale.coordinator"
-        assert any(host in process.cmdline() for process in everybody)
+        assert any(is_server(process, host) for process in everybody)
         for number in (signal.SIGSTOP, signal.SIGCONT):
             for process in everybody:
                 process.send_signal(number)
