@@ -1,4 +1,4 @@
-"""``python -m lightning_stale run | join | simulate``: a script again when it fails; a fit that runs; a prediction."""
+"""``python -m lightning_stale run | join | replay | simulate``: a script until it succeeds, a fit that runs or ran."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from lightning_stale.launchers.replacements import JOIN
+from lightning_stale.recording import command as recording
 from lightning_stale.simulation import command as simulation
 from lightning_stale.supervisor import become_supervisor
 from lightning_stale.transport import invitation, secret
@@ -22,6 +23,8 @@ def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     if given[:1] == ["run"]:
         become_supervisor(given[1:])
+    if given[:1] == ["replay"]:
+        sys.exit(recording.main(given[1:]))
     if given[:1] == ["simulate"]:
         sys.exit(simulation.main(given[1:]))
     parser = argparse.ArgumentParser(
@@ -31,6 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("run", help="run a script, and again when it fails, from its newest checkpoint")
+    commands.add_parser("replay", help="what is recorded of a fit, and that fit again, bit for bit")
     commands.add_parser("simulate", help="what each paradigm would make of a cluster, from step times")
     join = commands.add_parser("join", help="join an elastic fit that runs")
     join.add_argument("address", metavar="HOST:PORT", help="of rank 0, as it has printed it")

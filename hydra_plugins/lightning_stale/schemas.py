@@ -82,6 +82,8 @@ class StaleSyncStrategy(StaleStrategy):
     apply: Any = "plain"  # a name, or a rule; the group `apply` has one schema for each
     data: str = "auto"
     elastic: Any = False  # or true, or a node whose _target_ is lightning_stale.Elastic
+    record: Any = False  # or true, or the path of a file
+    replay: str | None = None
 
 
 @dataclass
@@ -160,6 +162,8 @@ class HPSGDStrategy(StaleStrategy):
     outer_optimizer: Any = None
     merge: str = "hpsgd"
     data: str = "auto"
+    record: Any = False  # or true, or the path of a file
+    replay: str | None = None
 
 
 @dataclass

@@ -21,6 +21,8 @@ from lightning_stale.coordinator.coordinator import Coordinator
 from lightning_stale.coordinator.process import Job
 from lightning_stale.coordinator.round_leases import RoundLeases
 from lightning_stale.coordinator.service import Service
+from lightning_stale.events import Recorder
+from lightning_stale.recording.turns import ReplayError
 from lightning_stale.transport.sockets import ServerSocket
 
 
@@ -36,10 +38,16 @@ def main() -> None:
         _begin_to_serve()
         print(socket.port, flush=True)
         leases = RoundLeases(job.members) if job.hands_out_batches else None
-        service = Service(socket, Coordinator(job.members, leases=leases))
+        recorder = Recorder()
+        turns = job.recording.begin(job.header, recorder, lose=_refuse_to)
+        service = Service(socket, Coordinator(job.members, leases=leases, record=recorder.record), turns=turns)
         service.run(lifeline=sys.stdin.fileno(), orphaned=lambda: os.getppid() != _PARENT)
     finally:
         socket.close()
+
+
+def _refuse_to(worker: int) -> None:
+    raise ReplayError(f"the record that is replayed ends here, where rank {worker} was lost")
 
 
 if __name__ == "__main__":

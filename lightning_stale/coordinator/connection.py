@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from lightning_stale.failures import FailureKind, RunFailedError
 from lightning_stale.transport import wire
@@ -168,6 +170,8 @@ class Connection:
     def _take(self, frames: list[Any], data: memoryview | None) -> bool:
         """Put what has come into the inbox; return whether it was a failure, which is noted instead."""
         message = wire.decode_message(frames[0].bytes)
+        if message["type"] == "lost":
+            self._be_lost()
         if message["type"] == "failed":
             self.failure = RunFailedError(message["kind"], message["text"])
             return True
@@ -177,6 +181,12 @@ class Connection:
             message["nbytes"] = len(part)
         self._inbox.append(message)
         return False
+
+    def _be_lost(self) -> NoReturn:
+        """Die as the one that this process replays has died: without a word to anybody."""
+        print(f"rank {self.rank} was lost here in the run that is replayed, and is now", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("nobody survives this")
 
     def _lost(self) -> ServerLostError:
         return ServerLostError(

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Literal
 
 from lightning_stale import events
-from lightning_stale.coordinator.leases import Grant, Grants, Leases
+from lightning_stale.coordinator.leases import Grant, Grants, Leases, Plan
 from lightning_stale.coordinator.meetings import DifferentPlacesError, Meeting
 from lightning_stale.coordinator.membership import Membership
 from lightning_stale.coordinator.messages import (
@@ -87,6 +87,7 @@ class Coordinator:
         self.paradigm = paradigm
         self.failure: Failed | None = None
         self.leases = leases
+        self._epoch: int | None = None  # whose batches are handed out
         self._asking: set[int] = set()  # who has pushed, and wants a grant with its OK
         self._past_gate: set[int] = set()  # those of them that wait for nothing but the grant
         self._round = False  # whether gradients wait for their mean: some of them may be of who is gone
@@ -282,10 +283,16 @@ class Coordinator:
                 # who is at the next meeting already trains nothing before it; who comes later may come too late
                 here = {rank for rank, generation in self._met if self.membership.speaks(rank, generation)}
                 self.leases.open(message.plan, here - set(self.meeting.waiting))
+                self._note_epoch(message.plan, now)
         except ValueError as error:
             return self._fail("error", f"rank {message.member} asks for a batch: {error}", now)
         granted = self._commit(message.member, message.leases, now)
         return [*granted, *self._ask(message.member, now)]
+
+    def _note_epoch(self, plan: Plan, now: float) -> None:
+        if plan.epoch != self._epoch:
+            self._epoch = plan.epoch
+            self._record(events.Planned(now, plan.epoch, plan.batches))
 
     def _stale(self, rank: int, leases: Sequence[int]) -> int | None:
         return None if self.leases is None else self.leases.stale(rank, leases)

@@ -8,9 +8,12 @@ import select
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
-from typing import IO
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
 
+from lightning_stale.recording.options import Recording
 from lightning_stale.transport.credentials import Credentials
 from lightning_stale.transport.sockets import KeyPair
 
@@ -136,6 +139,15 @@ class Job:
     server_secret: str
     worker_key: str
     hands_out_batches: bool = False
+    record: str | None = None
+    replay: str | None = None
+    header: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def recording(self) -> Recording:
+        """What is recorded of the run, and replayed."""
+        record, replay = (None if path is None else Path(path) for path in (self.record, self.replay))
+        return Recording(record, replay)
 
     @property
     def server_keys(self) -> KeyPair:
@@ -149,7 +161,15 @@ class CoordinatorProcess(ChildProcess):
     def __init__(self) -> None:
         super().__init__("lightning_stale.coordinator", "coordinator")
 
-    def serve(self, members: int, host: str, credentials: Credentials, hands_out_batches: bool = False) -> int:
+    def serve(
+        self,
+        members: int,
+        host: str,
+        credentials: Credentials,
+        hands_out_batches: bool = False,
+        recording: Recording | None = None,
+        header: Mapping[str, Any] | None = None,
+    ) -> int:
         """Send the job, and return the port once it listens.
 
         Args:
@@ -157,11 +177,23 @@ class CoordinatorProcess(ChildProcess):
             host: the address to listen on.
             credentials: of the run.
             hands_out_batches: whether the ranks ask for batches.
+            recording: what is recorded of the run, and replayed; ``None``: nothing.
+            header: of the record.
 
         Raises:
             ServerStartError: if it does not come up.
         """
-        keys = credentials.server
-        job = Job(members, host, keys.public, keys.secret, credentials.worker.public, hands_out_batches)
+        keys, recording = credentials.server, recording or Recording()
+        job = Job(
+            members,
+            host,
+            keys.public,
+            keys.secret,
+            credentials.worker.public,
+            hands_out_batches,
+            None if recording.record is None else str(recording.record),
+            None if recording.replay is None else str(recording.replay),
+            dict(header or {}),
+        )
         self.tell(json.dumps(asdict(job)).encode(), b"\n")
         return self.await_port()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
+from functools import partial
 from itertools import chain, count
 from typing import Any
 
@@ -16,6 +16,8 @@ import zmq
 from lightning_stale.coordinator import messages as m
 from lightning_stale.coordinator.coordinator import Coordinator
 from lightning_stale.coordinator.leases import Plan
+from lightning_stale.events.kinds import What
+from lightning_stale.recording.turns import ReplayError, Turns
 from lightning_stale.transport import wire
 from lightning_stale.transport.sockets import ServerSocket
 
@@ -100,7 +102,7 @@ class Service:
         socket: where they connect.
         coordinator: decides.
         name: of the process, in what it tells of itself.
-        now: a clock, in seconds.
+        turns: in which order messages are taken, and at what times.
 
     Attributes:
         plane: what travels beside.
@@ -111,11 +113,12 @@ class Service:
         socket: ServerSocket,
         coordinator: Coordinator,
         name: str = "coordinator",
-        now: Callable[[], float] = time.monotonic,
+        turns: Turns | None = None,
     ) -> None:
         self.coordinator = coordinator
         self.plane = Plane(self)
-        self.now = now
+        self.turns = turns or Turns()
+        self.now = self.turns.now
         self._socket = socket
         self._name = name
         self._peers: dict[int, Peer] = {}
@@ -152,7 +155,7 @@ class Service:
     def drain(self) -> None:
         """Take all messages that have come."""
         for frames in self._messages():
-            self._handle(frames)
+            self._receive(frames)
 
     def _messages(self) -> Iterator[list[zmq.Frame]]:
         while not self.coordinator.over:
@@ -161,24 +164,41 @@ class Service:
             except zmq.Again:
                 return
 
-    def _handle(self, frames: list[zmq.Frame]) -> None:
+    def _receive(self, frames: list[zmq.Frame]) -> None:
         identity = frames[0].bytes
         peer = self._by_identity.get(identity)
         try:
             message = wire.decode_message(frames[1].bytes if len(frames) > 1 else b"")
-            if peer is None:
-                self._greet(identity, int(frames[1].get(zmq.SRCFD)), message)
-            elif message["type"] in self.plane.kinds:
-                self.plane.receive(peer, message, frames)
-            else:
-                self._control(peer, message)
         except wire.WireError as error:
-            if peer is None:
-                self._log_stranger(str(error))
-            else:
-                self.tell(m.Fail(f"rank {peer.member} sent what the {self._name} cannot read: {error}"))
+            self._ignore_or_fail(peer, error)
+            return
+        if peer is None:
+            connection = int(frames[1].get(zmq.SRCFD))
+            self._attempt(None, lambda: self._greet(identity, connection, message))
+        elif message["type"] in self.plane.kinds:
+            self._attempt(peer, lambda: self.plane.receive(peer, message, frames))
+        else:
+            self._attempt(peer, lambda: self._control(peer, message))
+
+    def take(self, peer: Peer, what: What, handle: Callable[[], object]) -> None:
+        """Have a message of ``peer`` taken by ``handle`` when it is its turn."""
+        self.turns.take(peer.member, what, handle)
+
+    def _attempt(self, peer: Peer | None, handle: Callable[[], object]) -> None:
+        try:
+            handle()
+        except wire.WireError as error:
+            self._ignore_or_fail(peer, error)
+        except ReplayError as error:
+            self.tell(m.Fail(str(error)))
         except Exception:  # the user's optimizer, mostly: the workers show it
             self.tell(m.Fail(f"the {self._name} failed:\n{traceback.format_exc()}"))
+
+    def _ignore_or_fail(self, peer: Peer | None, error: wire.WireError) -> None:
+        if peer is None:
+            self._log_stranger(str(error))
+        else:
+            self.tell(m.Fail(f"rank {peer.member} sent what the {self._name} cannot read: {error}"))
 
     def _control(self, peer: Peer, message: dict[str, Any]) -> None:
         who = (peer.member, peer.generation)
@@ -186,39 +206,53 @@ class Service:
             case "sync":
                 if message["region"]:  # it may come here because of who is gone, and is not to meet that one
                     self.note_connections()
-                self.plane.arrives(peer, message)
-                self.tell(m.Arrive(*who, message["place"], message["detail"], message["region"]))
+                self.take(peer, "sync", lambda: self._arrive(peer, message))
             case "request":
                 leases, kept = numbers(message["leases"]), numbers(message["kept"])
-                self.tell(m.Request(*who, leases, plan_of(message["plan"]), kept, message["steps"]))
+                request = m.Request(*who, leases, plan_of(message["plan"]), kept, message["steps"])
+                self.take(peer, "request", lambda: self.tell(request))
             case "progress":
-                if self.coordinator.leases is None:
-                    raise wire.WireError("a question about batches, and nobody hands them out")
-                self.send(peer, "trained", leases=self.coordinator.leases.state_dict())
+                self.take(peer, "progress", lambda: self._tell_progress(peer))
             case "thresholds":
                 if not all(isinstance(name, str) for name in message["values"]):
                     raise wire.WireError(f"thresholds={message['values']!r}")
-                self.tell(m.SetThresholds(*who, message["values"]))
+                self.take(peer, "thresholds", lambda: self.tell(m.SetThresholds(*who, message["values"])))
             case "ping":
                 self.note_connections()
                 self.send(peer, "pong")
             case "abort":
                 self.note_connections(aborting=peer)  # who was killed comes before those that fail because of it
-                self.tell(m.Abort(*who, message["kind"], message["text"]))
-                if peer.closed:
-                    self._dismiss(peer)
+                self.take(peer, "abort", lambda: self._abort(peer, message))
             case "bye":
-                self._dismiss(peer)
+                self.take(peer, "bye", lambda: self._dismiss(peer))
             case unexpected:
                 raise wire.WireError(f"unexpected {unexpected!r}")
+
+    def _arrive(self, peer: Peer, message: dict[str, Any]) -> None:
+        self.plane.arrives(peer, message)
+        self.tell(m.Arrive(peer.member, peer.generation, message["place"], message["detail"], message["region"]))
+
+    def _tell_progress(self, peer: Peer) -> None:
+        if self.coordinator.leases is None:
+            raise wire.WireError("a question about batches, and nobody hands them out")
+        self.send(peer, "trained", leases=self.coordinator.leases.state_dict())
+
+    def _abort(self, peer: Peer, message: dict[str, Any]) -> None:
+        self.tell(m.Abort(peer.member, peer.generation, message["kind"], message["text"]))
+        if peer.closed:
+            self._dismiss(peer)
 
     def _greet(self, identity: bytes, connection: int, message: dict[str, Any]) -> None:
         if message["type"] != "hello":
             raise wire.WireError(f"a {message['type']!r} message from a connection that has not said who it is")
         self.note_connections()  # a stranger's may have had the same descriptor before
-        ticket = next(self._tickets)
+        greeting = Greeting(identity, connection, message)
+        self.turns.take(message["rank"], "hello", lambda: self._let_in(greeting))
+
+    def _let_in(self, greeting: Greeting) -> None:
+        message, ticket = greeting.message, next(self._tickets)
         join = m.Join(message["rank"], message["pid"], message["anew"], ticket)
-        self._greetings[ticket] = Greeting(identity, connection, message)
+        self._greetings[ticket] = greeting
         try:
             self.tell(join)
         except ValueError as error:
@@ -255,8 +289,10 @@ class Service:
         replies = self.coordinator.handle(message, self.now())
         self.plane.before(replies)
         self._deliver(replies)
-        if self._greetings and self.coordinator.failure is not None:
-            self._send_newcomers_away(self.coordinator.failure.kind, self.coordinator.failure.text)
+        if self.coordinator.failure is not None:
+            self.turns.ended()
+            if self._greetings:
+                self._send_newcomers_away(self.coordinator.failure.kind, self.coordinator.failure.text)
 
     def send(self, peer: Peer, kind: str, /, **fields: Any) -> None:
         """Send a message, without bytes behind it."""
@@ -322,7 +358,7 @@ class Service:
             if self._connections.get(connection) is peer:
                 del self._connections[connection]
             if peer is not aborting and self._peers.get(peer.member) is peer:
-                self._lose(peer)
+                self._attempt(peer, partial(self.turns.lose, peer.member, partial(self._lose, peer)))
         if refused:
             self._log_stranger("a connection that is not a worker's was closed")
 
@@ -337,6 +373,12 @@ class Service:
     def _lose(self, peer: Peer) -> None:
         self._forget(peer)
         self.tell(m.Lose(peer.member, peer.generation))
+
+    def lose_as_recorded(self, member: int) -> None:
+        """In the run that is replayed, ``member`` was lost here: so it is now."""
+        peer = self._peers[member]
+        self.send(peer, "lost")
+        self._lose(peer)
 
     def _dismiss(self, peer: Peer) -> None:
         self._forget(peer)

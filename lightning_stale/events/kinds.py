@@ -16,6 +16,26 @@ class Event:
     at: float
 
 
+# --- the order in which all else follows -----------------------------------------------------------------------------
+
+What = Literal[
+    "hello", "push", "change", "pull", "request", "sync", "deposit", "deposited", "thresholds", "optimizer_state",
+    "snapshot", "progress", "abort", "bye", "lost",
+]  # fmt: skip
+"""The messages of a worker whose order decides what becomes of a run; ``lost`` is that its connection has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn(Event):
+    """A message of a worker is taken now; what is recorded from here to the next turn follows from it.
+
+    ``worker`` is -1 where one that joins while the run goes on is any.
+    """
+
+    worker: int
+    what: What
+
+
 # --- membership and meetings ----------------------------------------------------------------------------------------
 
 
@@ -61,6 +81,16 @@ class Pushed(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Fingerprint(Event):
+    """What the gradient of a push was: checksums of all of it, of its optimizer's options, and a byte per parameter."""
+
+    worker: int
+    gradients: int
+    options: int
+    parameters: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Refused(Event):
     """The apply rule has let a worker's gradient go, so that it is no update."""
 
@@ -99,6 +129,14 @@ class Spent(Event):
 
 
 # --- data on demand -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Planned(Event):
+    """From now on, batches of this epoch are handed out; so many are left of it as the fit begins with it."""
+
+    epoch: int
+    batches: int
 
 
 @dataclass(frozen=True, slots=True)

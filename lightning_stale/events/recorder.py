@@ -37,6 +37,10 @@ class Recorder:
     def __init__(self, *readers: Reader) -> None:
         self._readers = list(readers)
 
+    def add(self, reader: Reader) -> None:
+        """Tell ``reader`` too, of what comes from now on."""
+        self._readers.append(reader)
+
     def record(self, event: Event) -> None:
         """Tell the readers of ``event``."""
         for reader in self._readers:

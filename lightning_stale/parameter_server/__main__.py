@@ -29,6 +29,7 @@ from lightning_stale.coordinator.leases import EpochLeases
 from lightning_stale.coordinator.service import Service
 from lightning_stale.events import Recorder
 from lightning_stale.events.stale_sync import StaleSyncCounts
+from lightning_stale.parameter_server.inspector import Inspector
 from lightning_stale.parameter_server.pickling import compute_on_cpu, load_optimizers
 from lightning_stale.parameter_server.process import Job
 from lightning_stale.parameter_server.shard import Shard
@@ -77,9 +78,10 @@ def main() -> None:
         least=1 if elastic is None else elastic.min_workers,
         record=recorder.record,
     )
-    service = Service(socket, coordinator, name="parameter server")
-    grows = elastic is not None
-    shard = Shard(service, store, layout, job.world_size, job.folder, counts, recorder.record, grows)
+    turns = job.recording.begin(job.header, recorder, lambda worker: service.lose_as_recorded(worker))
+    service = Service(socket, coordinator, name="parameter server", turns=turns)
+    grows, inspector = elastic is not None, Inspector.of(job.recording, job.names, recorder.record)
+    shard = Shard(service, store, layout, job.world_size, job.folder, counts, recorder.record, grows, inspector)
     if job.snapshot is not None:
         shard.resume(job.snapshot)
     try:

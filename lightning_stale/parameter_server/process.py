@@ -18,7 +18,9 @@ from lightning_stale.coordinator.process import ChildProcess
 from lightning_stale.elastic import Elastic
 from lightning_stale.paradigms import Paradigm
 from lightning_stale.parameter_server.apply import ApplyRule, Plain
+from lightning_stale.parameter_server.fingerprints import checksum
 from lightning_stale.parameter_server.pickling import dump_optimizers, memory_of
+from lightning_stale.recording.options import Recording
 from lightning_stale.transport.credentials import Credentials
 from lightning_stale.transport.layout import Layout
 from lightning_stale.transport.sockets import KeyPair
@@ -43,6 +45,9 @@ class Job:
     hands_out_batches: bool
     snapshot: Mapping[str, Any] | None
     elastic: Elastic | None
+    names: list[str]
+    recording: Recording
+    header: dict[str, Any]
 
 
 class ServerProcess(ChildProcess):
@@ -70,6 +75,8 @@ class ServerProcess(ChildProcess):
         apply: ApplyRule | None = None,
         hands_out_batches: bool = False,
         elastic: Elastic | None = None,
+        names: Sequence[str] | None = None,
+        recording: Recording | None = None,
     ) -> int:
         """Send the job, and return the port once the server listens.
 
@@ -86,13 +93,31 @@ class ServerProcess(ChildProcess):
             apply: how a push is applied; ``None``: as it is.
             hands_out_batches: whether the workers ask for batches.
             elastic: what becomes of the run when workers are lost; ``None``: it ends.
+            names: of the parameters.
+            recording: what is recorded of the run, and replayed; ``None``: nothing.
 
         Raises:
+            ReplayError: if the run cannot be the one that is to be replayed.
             OptimizerPicklingError: if an optimizer cannot be sent.
             ServerStartError: if the process does not come up.
         """
         buffers: list[Tensor] = []
         dumped = dump_optimizers(optimizers, parameters, buffers)
+        names = [f"parameter {place}" for place in range(len(parameters))] if names is None else list(names)
+        recording = recording or Recording()
+        header = {
+            "strategy": "StaleSyncStrategy",
+            "paradigm": repr(paradigm),
+            "apply": repr(apply or Plain()),
+            "world_size": world_size,
+            "on_demand": hands_out_batches,
+            "elastic": None if elastic is None else repr(elastic),
+            "updates": 0 if snapshot is None else snapshot["updates"],
+            "torch": torch.__version__,
+        }
+        if recording != Recording():
+            header["weights"] = {name: checksum(p) for name, p in zip(names, parameters, strict=True)}
+        recording.check(header)
         job = Job(
             layout=Layout.of(parameters),
             optimizers=dumped,
@@ -109,6 +134,9 @@ class ServerProcess(ChildProcess):
             hands_out_batches=hands_out_batches,
             snapshot=snapshot,
             elastic=elastic,
+            names=names,
+            recording=recording,
+            header=header,
         )
         self.tell(pickle.dumps(sys.path), cloudpickle.dumps(job, protocol=pickle.HIGHEST_PROTOCOL))
         for memory in itertools.chain(map(memory_of, parameters), buffers):

@@ -14,8 +14,10 @@ from torch import Tensor
 from lightning_stale import events
 from lightning_stale.coordinator import messages as m
 from lightning_stale.coordinator.service import Peer, Plane, Service, fields_of, numbers
+from lightning_stale.events.kinds import What
 from lightning_stale.events.stale_sync import StaleSyncCounts
 from lightning_stale.paradigms import Paradigm
+from lightning_stale.parameter_server.inspector import Inspector
 from lightning_stale.parameter_server.store import ParameterStore, Push
 from lightning_stale.transport import memory, wire
 from lightning_stale.transport.delivery import Deliveries, Piece
@@ -53,6 +55,7 @@ class Shard(Plane):
         counts: what summaries and checkpoints hold of the run so far.
         record: is told what happens.
         grows: whether others may join.
+        inspector: looks at every push of a run that is recorded, or replayed.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Shard(Plane):
         counts: StaleSyncCounts,
         record: Callable[[events.Event], None],
         grows: bool = False,
+        inspector: Inspector | None = None,
     ) -> None:
         assert service.coordinator.paradigm is not None
         super().__init__(service)
@@ -76,6 +80,7 @@ class Shard(Plane):
         self._folder = folder
         self._counts = counts
         self._record = record
+        self._inspector = inspector
         self._workers: dict[int, _Worker] = {}
         self._round: dict[tuple[int, int], Push] = {}  # BSP: the pushes that wait for the step with their mean, by peer
         self._segments: list[memory.Segment] = []  # that nobody has yet
@@ -87,14 +92,16 @@ class Shard(Plane):
             "push": self._on_push,
             "change": self._on_change,
             "more": self._on_more,
+            "summary": self._on_summary,
+        }
+        self._in_turn: dict[What, Callable[[Peer, _Worker, dict[str, Any]], None]] = {
             "pull": self._on_pull,
             "optimizer_state": self._on_optimizer_state,
             "snapshot": self._on_snapshot,
             "deposit": self._on_deposit,
             "deposited": self._on_deposited,
-            "summary": self._on_summary,
         }
-        self.kinds = {"chunk", *self._handlers}
+        self.kinds = {"chunk", *self._handlers, *self._in_turn}
         service.plane = self
 
     def resume(self, snapshot: Mapping[str, Any]) -> None:
@@ -152,11 +159,13 @@ class Shard(Plane):
             self._workers[peer.member].link.close()
 
     def receive(self, peer: Peer, message: dict[str, Any], frames: Sequence[zmq.Frame]) -> None:
-        worker = self._workers[peer.member]
-        if message["type"] == "chunk":
+        worker, kind = self._workers[peer.member], message["type"]
+        if kind == "chunk":
             self._on_chunk(peer, worker, message, frames)
+        elif kind in self._in_turn:
+            self._service.take(peer, kind, lambda: self._in_turn[kind](peer, worker, message))
         else:
-            self._handlers[message["type"]](peer, worker, message)
+            self._handlers[kind](peer, worker, message)
 
     def _on_unshare(self, peer: Peer, worker: _Worker, message: dict[str, Any]) -> None:
         self._link(peer, self._stream())
@@ -218,11 +227,12 @@ class Shard(Plane):
     def _take(self, peer: Peer, worker: _Worker) -> None:
         message, worker.message = worker.message, None
         assert message is not None
-        if message["type"] == "change":
-            self._deliveries.keep()
-            self._store.set_weights(message["places"], worker.gradients)
-        else:
-            self._take_push(peer, worker, message)
+        take = self._take_change if message["type"] == "change" else self._take_push
+        self._service.take(peer, message["type"], lambda: take(peer, worker, message))
+
+    def _take_change(self, peer: Peer, worker: _Worker, message: dict[str, Any]) -> None:
+        self._deliveries.keep()
+        self._store.set_weights(message["places"], worker.gradients)
 
     def _take_push(self, peer: Peer, worker: _Worker, message: dict[str, Any]) -> None:
         pushed = m.Push(peer.member, peer.generation, message["leases"], message["asks"], message["commits"])
@@ -246,6 +256,8 @@ class Shard(Plane):
         worker.staleness, worker.applied = push.staleness, is_new
         self._note_times(peer, message)
         self._record(events.Pushed(self._service.now(), peer.member, worker.staleness))
+        if self._inspector is not None:
+            self._inspector.look_at(push, self._store, self._service.turns, self._service.now())
         if is_new and self._paradigm.averages:
             self._round[peer.member, peer.generation] = push
         elif is_new:
@@ -261,6 +273,8 @@ class Shard(Plane):
         applied = step()
         if applied:
             self._record(events.Updated(self._service.now(), self._store.version))
+            if self._inspector is not None:
+                self._inspector.note_update(self._store)
         return applied
 
     def _changed_by(self, push: Push) -> list[int]:

@@ -28,6 +28,7 @@ from lightning_stale.events import Recorder
 from lightning_stale.launchers import ScriptLauncher, SummaryLauncher
 from lightning_stale.launchers.hydra.job import current_job, destroy_process_group
 from lightning_stale.private import of_lightning, of_torch, of_torchmetrics
+from lightning_stale.recording.options import Recording
 from lightning_stale.strategies import checkpoint_entries
 from lightning_stale.strategies.buffers import UntrainedState
 from lightning_stale.strategies.checks import (
@@ -405,12 +406,26 @@ class StaleStrategy(DDPStrategy):
         """Return a name that no other run has, the same on all ranks."""
         return self.broadcast(uuid.uuid4().hex)
 
-    def _join_others(self, run: str, hands_out_batches: bool = False) -> None:
-        """Meet the other ranks, and hear of their failures, without a server; it may hand out batches."""
+    def _join_others(
+        self,
+        run: str,
+        hands_out_batches: bool = False,
+        recording: Recording | None = None,
+        header: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Meet the other ranks, and hear of their failures, without a server; it may hand out batches, and record."""
         assert self.cluster_environment is not None
         address = self.cluster_environment.main_address
         self._others.connect(
-            run, self.global_rank, self.topology, address, self._check_signals, super().barrier, hands_out_batches
+            run,
+            self.global_rank,
+            self.topology,
+            address,
+            self._check_signals,
+            super().barrier,
+            hands_out_batches,
+            recording,
+            header,
         )
 
     # --- collectives ------------------------------------------------------------------------------------------------

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from lightning_stale.coordinator.process import ChildProcess, CoordinatorProcess
 from lightning_stale.private import of_torch
+from lightning_stale.recording.options import Recording
 from lightning_stale.topology import Topology
 from lightning_stale.transport import address, memory
 from lightning_stale.transport.credentials import Credentials
@@ -115,6 +116,8 @@ def serve_coordinator(
     main_address: str,
     nodes: int,
     hands_out_batches: bool = False,
+    recording: Recording | None = None,
+    header: Mapping[str, Any] | None = None,
 ) -> Endpoint:
     """Let ``process`` coordinate ranks, and return where it is.
 
@@ -125,7 +128,9 @@ def serve_coordinator(
         main_address: of rank 0's host.
         nodes: the number of hosts.
         hands_out_batches: whether the ranks ask for batches.
+        recording: what is recorded of the run, and replayed.
+        header: of the record.
     """
     host, reached_at = address.choose(main_address, nodes)
-    port = process.serve(world_size, host, credentials, hands_out_batches)
+    port = process.serve(world_size, host, credentials, hands_out_batches, recording, header)
     return Endpoint(address=f"tcp://{reached_at}:{port}", host_id=memory.host_id(), pid=process.pid, layout=[])

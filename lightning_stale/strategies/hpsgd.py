@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -12,9 +13,12 @@ from lightning_stale.averaging.rounds import Interval
 from lightning_stale.data.loader import why_not
 from lightning_stale.events import Recorder
 from lightning_stale.events.averaging import AveragingCounts
+from lightning_stale.parameter_server.fingerprints import checksum
+from lightning_stale.recording.log import EventLog
 from lightning_stale.strategies.base import StaleStrategy
 from lightning_stale.strategies.checks import check_not_elastic
 from lightning_stale.strategies.handing_out import WHOLE, Data, check_data, granted, refuse
+from lightning_stale.strategies.recorded import Records
 from lightning_stale.strategies.updates.averaging import AveragingUpdate, OuterOptimizer
 
 
@@ -34,6 +38,9 @@ class HPSGDStrategy(StaleStrategy):
         data: ``"auto"``, ``"shards"``: every worker has its own part of an epoch, as in the paper, and the slowest says
             how long it lasts; ``"on-demand"``: whoever is free gets the next batch, so that a slow worker takes fewer
             steps in a round. With a number as ``interval`` all take equally many, whatever their speed.
+        record: the path of a file, or ``True`` for ``staleness.record`` in the folder of the log: what decides how the
+            run goes on; beside it, a file per rank says how many steps each round had. It is never written over.
+        replay: such a file: the run is the recorded one again, bit for bit.
         **kwargs: those of :class:`~lightning_stale.strategies.base.StaleStrategy`.
 
     Raises:
@@ -62,6 +69,8 @@ class HPSGDStrategy(StaleStrategy):
         outer_optimizer: OuterOptimizer | None = None,
         merge: str = "hpsgd",
         data: Data = "auto",
+        record: bool | str | Path = False,
+        replay: str | Path | None = None,
         **kwargs: Any,
     ) -> None:
         check_not_elastic(
@@ -80,6 +89,7 @@ class HPSGDStrategy(StaleStrategy):
             )
         check_data(data)
         self.data = data
+        self._records = Records(record, replay)
         self._update: AveragingUpdate
         super().__init__(update=AveragingUpdate(interval, MERGES[merge], outer_optimizer), **kwargs)
         self.interval, self.merge, self.outer_optimizer = interval, merge, outer_optimizer
@@ -99,10 +109,29 @@ class HPSGDStrategy(StaleStrategy):
     # --- training ---------------------------------------------------------------------------------------------------
 
     def _begin(self, run: str) -> None:
-        self._join_others(run, hands_out_batches=self._update.hands_out_batches)
+        recording = self._records.next(self._require_trainer())
+        header = self._header() if self.is_global_zero else {}
+        if self.is_global_zero:
+            recording.check(header)
+            if self.world_size == 1 and recording.record is not None:  # there is nobody else to write it
+                EventLog(recording.record, header).close()
+        self._update.recording = recording
+        self._join_others(run, self._update.hands_out_batches, recording, header)
         self._counts = AveragingCounts()
         self._recorder = Recorder(self._counts)
         super()._begin(run)
+
+    def _header(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        weights = {name: checksum(parameter) for name, parameter in self.lightning_module.named_parameters()}
+        return {
+            "strategy": type(self).__name__,
+            "interval": self.interval,
+            "merge": self.merge,
+            "world_size": self.world_size,
+            "on_demand": self._update.hands_out_batches,
+            "weights": weights,
+        }
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:

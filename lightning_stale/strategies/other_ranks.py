@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -16,6 +16,7 @@ from lightning_stale.coordinator.leases import Grant, Plan
 from lightning_stale.coordinator.process import CoordinatorProcess
 from lightning_stale.failures import FailureKind, RunFailedError, describe
 from lightning_stale.private import of_lightning, of_torch
+from lightning_stale.recording.options import Recording
 from lightning_stale.strategies.hosted_process import HostedProcess, serve_coordinator
 from lightning_stale.topology import Topology
 
@@ -108,6 +109,8 @@ class OtherRanks:
         check: Callable[[], None],
         barrier: Callable[[], None],
         hands_out_batches: bool = False,
+        recording: Recording | None = None,
+        header: Mapping[str, Any] | None = None,
     ) -> None:
         """Meet them through a coordinator of this run, in a process beside rank 0.
 
@@ -119,6 +122,8 @@ class OtherRanks:
             check: called while waiting; raises to break off.
             barrier: returns once all ranks have called it.
             hands_out_batches: whether it is to be asked for batches.
+            recording: what it records of the run, and replays.
+            header: of the record.
         """
         self.leave(finished=True)
         if topology.world_size == 1:
@@ -129,6 +134,8 @@ class OtherRanks:
             main_address=main_address,
             nodes=topology.nodes,
             hands_out_batches=hands_out_batches,
+            recording=recording,
+            header=header,
         )
         endpoint, credentials = self.host.introduce(run, rank, topology, serve, check)
         self._control = self._coordinator = coordinator.Control(endpoint, credentials, rank, check)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -23,6 +24,7 @@ from lightning_stale.parameter_server.process import ServerProcess
 from lightning_stale.strategies.handing_out import WHOLE, Data, check_data, granted, refuse
 from lightning_stale.strategies.hosted_process import HostedProcess
 from lightning_stale.strategies.joinable import JoinableStrategy
+from lightning_stale.strategies.recorded import Records
 from lightning_stale.strategies.updates.server import ServerUpdate
 from lightning_stale.transport import memory
 
@@ -50,13 +52,19 @@ class StaleSyncStrategy(JoinableStrategy):
         elastic: what happens when a worker is killed or hangs: ``False``: the run ends; ``True``, or an
             :class:`~lightning_stale.Elastic` that says more: its batches go to the others, which go on without it, and
             another process takes its place. Batches are handed out on demand then, whatever the paradigm.
+        record: the path of a file, or ``True`` for ``staleness.record`` in the folder of the log: in which order and
+            when the messages of the workers came, who was released and granted what, who came and was lost, and a
+            checksum of each gradient. It is never written over: where it exists, its name gets a number.
+        replay: such a file: the fit takes all messages in its order, and is the recorded one again bit for bit; where
+            it cannot be, it ends, and says which push was the first to differ.
         **kwargs: those of :class:`~lightning_stale.strategies.base.StaleStrategy`: ``start_method``,
             ``process_group_backend``, ``timeout``, ``accelerator``, ``cluster_environment``, ``checkpoint_io``,
             ``precision_plugin``.
 
     Raises:
         ValueError: for an unknown paradigm, transport, apply rule or way to share data, a rule with a paradigm that
-            has no use for one (``"bsp"``), or ``elastic`` with shards or another ``start_method`` than ``"popen"``.
+            has no use for one (``"bsp"``), ``elastic`` with shards or another ``start_method`` than ``"popen"``, or a
+            ``replay`` that is no record.
         TypeError: for a paradigm that is neither a name nor a ``Paradigm``, and likewise for a rule and ``elastic``.
 
     Example::
@@ -80,6 +88,8 @@ class StaleSyncStrategy(JoinableStrategy):
         apply: str | ApplyRule = "plain",
         data: Data = "auto",
         elastic: bool | Elastic = False,
+        record: bool | str | Path = False,
+        replay: str | Path | None = None,
         **kwargs: Any,
     ) -> None:
         if transport not in ("auto", "shm", "tcp"):
@@ -91,6 +101,7 @@ class StaleSyncStrategy(JoinableStrategy):
         self.elastic = as_elastic(elastic)
         self._patience = None if self.elastic is None else timedelta(seconds=self.elastic.patience_s)
         self._check_elastic(kwargs.get("start_method", "popen"))
+        self._records = Records(record, replay)
         self._update: ServerUpdate
         gate = as_paradigm(paradigm)
         self.apply = as_apply_rule(apply, gate.averages)
@@ -237,6 +248,11 @@ class StaleSyncStrategy(JoinableStrategy):
             )
         if self.paradigm.averages:
             self._clip_with(self._update.note_clipping)
+
+    def _begin(self, run: str) -> None:
+        if self._newcomer is None:
+            self._update.recording = self._records.next(self._require_trainer())
+        super()._begin(run)
 
     def on_train_start(self) -> None:
         """Let the server start and connect to it: weights, optimizers and clocks are final by now."""

@@ -91,6 +91,7 @@ SCHEMA: dict[str, dict[str, type | tuple[type, ...]]] = {
     },
     "reply": {"nbytes": int, "size": int, "head": int},  # of the parcel
     "pong": {},
+    "lost": {},  # in the run that is replayed, this worker was lost here
     "failed": {"kind": str, "text": str},
     "aborted": {"cause": str},  # the failure that came before, if any
 }

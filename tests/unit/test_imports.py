@@ -31,7 +31,7 @@ PACKAGE = "lightning_stale"
 LAYERS = [
     {"private", "elastic", "failures", "lifeline", "supervisor", "topology"},  # leaves
     {"paradigms"},
-    {"coordinator", "transport", "events"},
+    {"coordinator", "transport", "events", "recording"},
     {"parameter_server", "averaging", "data", "pipeline", "launchers"},
     {"strategies", "callbacks", "simulation"},
     {"__main__"},
@@ -41,12 +41,14 @@ LAYERS = [
 SIBLINGS: dict[tuple[str, str], str] = {
     ("coordinator", "transport"): "the loop around the state machine and its clients send messages (it does not: PURE)",
     ("coordinator", "events"): "the state machine records what it decides",
+    ("coordinator", "recording"): "the loop around it takes messages in turn",
+    ("recording", "events"): "what is recorded",
     ("callbacks", "strategies"): "a callback reads a strategy's summary and changes its paradigm",
 }
 CYCLE_EXCEPTIONS: dict[tuple[str, str], str] = {}
 """Imports that are left out when cycles are looked for."""
 
-NO_TORCH = {"paradigms", "coordinator", "events", "simulation"}
+NO_TORCH = {"paradigms", "coordinator", "events", "recording", "simulation"}
 HEAVY = {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "torchmetrics", "numpy"}
 MAY_IMPORT = {  # of the rest of the world, besides Python's own modules; who is not here may import anything
     "paradigms": set[str](),
@@ -55,6 +57,7 @@ MAY_IMPORT = {  # of the rest of the world, besides Python's own modules; who is
     "lifeline": set[str](),
     "supervisor": set[str](),
     "coordinator": {"msgpack", "zmq"},
+    "recording": {"msgpack"},
     "simulation": {"rich", "matplotlib"},
 }
 PURE = [

@@ -30,6 +30,7 @@ from lightning_stale.parameter_server.apply import ApplyRule
 from lightning_stale.parameter_server.options import read_options
 from lightning_stale.parameter_server.shard import Shard
 from lightning_stale.parameter_server.store import ParameterStore
+from lightning_stale.recording.turns import Turns
 from lightning_stale.transport import memory, wire
 from lightning_stale.transport.layout import Layout
 from lightning_stale.transport.parcel import unpack
@@ -138,7 +139,7 @@ class Harness:
             self.socket,  # type: ignore[arg-type]
             Coordinator(world_size, paradigm, leases=leases, on_loss=on_loss, record=recorder.record),
             "parameter server",
-            now=lambda: self.time,
+            turns=Turns(lambda: self.time),
         )
         self.shard = Shard(self.service, self.store, self.layout, world_size, folder, counts, recorder.record)
         self.world_size = world_size

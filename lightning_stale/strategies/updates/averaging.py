@@ -16,13 +16,15 @@ from torch.optim import Optimizer
 
 from lightning_stale import events
 from lightning_stale.averaging.merge import Merge
+from lightning_stale.averaging.recorded import RecordedReducer, ReplayedReducer
 from lightning_stale.averaging.reducer import ProcessGroupReducer
-from lightning_stale.averaging.rounds import Interval, Rounds
+from lightning_stale.averaging.rounds import Interval, Reducer, Rounds
 from lightning_stale.coordinator.connection import ServerLostError
 from lightning_stale.coordinator.leases import Grant, Plan
 from lightning_stale.data.loader import NextBatch
 from lightning_stale.data.on_demand import BatchesOnDemand
 from lightning_stale.failures import RunFailedError
+from lightning_stale.recording.options import Recording, of_rank
 from lightning_stale.strategies.checkpoint_entries import AveragingEntry
 from lightning_stale.strategies.updates.update import Training, Update, unique_parameters
 from lightning_stale.transport.groups import FOREVER, break_off, destroy, new_group
@@ -54,6 +56,8 @@ class AveragingUpdate(Update):
         self._held = 0  # parameters, when training started
         self._batches: BatchesOnDemand | None = None
         self._leases = LeasesOfRounds()
+        self.recording = Recording()
+        """What is recorded of the training that is about to start, and replayed."""
 
     @property
     def hands_out_batches(self) -> bool:
@@ -107,7 +111,7 @@ class AveragingUpdate(Update):
         self._group = new_group(ranks, training.timeout)
         self._group.set_timeout(FOREVER)  # a sum waits for the slowest worker, and whether it lives is known otherwise
         atexit.register(self._break_off)
-        reducer = ProcessGroupReducer(self._group, training.device, training.others.check)
+        reducer = self._recorded(ProcessGroupReducer(self._group, training.device, training.others.check), training)
         self._rounds = Rounds(parameters, reducer, len(ranks), self._interval, self._merge, self._outer, self._record)
         if self._resumed is not None:
             _resume(self._rounds.outer, self._resumed["outer"])
@@ -116,6 +120,13 @@ class AveragingUpdate(Update):
             training.others.hand_out(self)
             training.others.meet("the start of fit")  # so that everybody is known by the first request
         self.running = True
+
+    def _recorded(self, reducer: Reducer, training: Training) -> Reducer:
+        if self.recording.replay is not None:
+            reducer = ReplayedReducer(reducer, of_rank(self.recording.replay, training.rank))
+        if self.recording.record is not None:
+            reducer = RecordedReducer(reducer, of_rank(self.recording.record, training.rank))
+        return reducer
 
     def before_batch(self) -> None:
         """Let the time from here to the next meeting point count as training."""

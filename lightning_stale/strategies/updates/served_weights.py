@@ -12,7 +12,8 @@ from lightning_stale.paradigms import Paradigm
 from lightning_stale.parameter_server.apply import ApplyRule
 from lightning_stale.parameter_server.client import Transport
 from lightning_stale.parameter_server.process import ServerProcess
-from lightning_stale.strategies.updates.update import Training, unique_parameters
+from lightning_stale.recording.options import Recording
+from lightning_stale.strategies.updates.update import Training, names_of, unique_parameters
 from lightning_stale.transport import address, memory
 from lightning_stale.transport.credentials import Credentials
 from lightning_stale.transport.endpoint import Endpoint
@@ -29,6 +30,7 @@ def serve_weights(
     snapshot: Mapping[str, Any] | None,
     hands_out_batches: bool,
     elastic: Elastic | None,
+    recording: Recording,
 ) -> Endpoint:
     """Let ``process`` serve, and return where it is.
 
@@ -42,6 +44,7 @@ def serve_weights(
         snapshot: the clocks of a checkpoint.
         hands_out_batches: whether the workers ask for batches.
         elastic: what becomes of the run when workers are lost.
+        recording: what is recorded of the run, and replayed.
     """
     topology, parameters = training.topology, unique_parameters(training.optimizers)
     layout = Layout.of(parameters)
@@ -61,6 +64,8 @@ def serve_weights(
         apply=apply,
         hands_out_batches=hands_out_batches,
         elastic=elastic,
+        names=names_of(training.module, parameters),
+        recording=recording,
     )
     return Endpoint(
         address=f"tcp://{reached_at}:{port}",

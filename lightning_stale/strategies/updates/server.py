@@ -24,6 +24,7 @@ from lightning_stale.parameter_server.apply import ApplyRule
 from lightning_stale.parameter_server.apply.base import changed_rule_warning
 from lightning_stale.parameter_server.client import Meeting, ParameterClient, Release, Transport
 from lightning_stale.parameter_server.process import ServerProcess
+from lightning_stale.recording.options import Recording
 from lightning_stale.strategies.hosted_process import HostedProcess
 from lightning_stale.strategies.updates.exchange import Exchange
 from lightning_stale.strategies.updates.served_weights import serve_weights
@@ -57,6 +58,8 @@ class ServerUpdate(Update):
         self._exchange: Exchange | None = None
         self._batches: BatchesOnDemand | None = None
         self._elastic = elastic
+        self.recording = Recording()
+        """What is recorded of the training that is about to start, and replayed."""
         self.members: tuple[tuple[int, int], ...] = ()
         """Rank and generation of those who were at the last meeting; none before the first."""
         self._resumed: Mapping[str, Any] | None = None
@@ -169,6 +172,7 @@ class ServerUpdate(Update):
                 snapshot=self._resumed,
                 hands_out_batches=self._batches is not None,
                 elastic=self._elastic,
+                recording=self.recording,
             ),
             training.check_signals,
         )

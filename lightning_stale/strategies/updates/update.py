@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_stale.events import Event
@@ -109,3 +109,9 @@ def unique_parameters(optimizers: Sequence[Optimizer]) -> list[Tensor]:
             for parameter in group["params"]:
                 parameters.setdefault(id(parameter), parameter)
     return list(parameters.values())
+
+
+def names_of(module: nn.Module, parameters: Sequence[Tensor]) -> list[str]:
+    """Return what ``module`` calls each of the ``parameters`` of its optimizers."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return [names.get(id(p), f"parameter {place} of the optimizers") for place, p in enumerate(parameters)]

@@ -102,6 +102,8 @@ def _run(arguments: list[str]) -> int:
             print(end.code, file=sys.stderr)
     except BaseException:
         sys.excepthook(*sys.exc_info())
+        if "-m" in arguments:  # no thread of an interpreter that ends runs; and what the error holds open, stays so
+            os._exit(1)
         code = 1
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
@@ -153,4 +155,4 @@ def _is_ours(args: Any) -> bool:
     """Whether it is a server's process, or one more rank of this script."""
     if not isinstance(args, list) or args[0] != sys.executable:
         return False
-    return ("-m" in args and args[-2] in SERVERS) or args[1:] == [os.path.abspath(sys.argv[0]), *sys.argv[1:]]  # noqa: PTH100
+    return ("-m" in args and args[-2] in SERVERS) or args[1:] == [os.path.abspath(sys.argv[0]), *sys.argv[1:]]

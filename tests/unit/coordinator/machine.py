@@ -124,6 +124,7 @@ class Machine(RuleBasedStateMachine):
         self.tickets = 0
         self.now = 0.0
         self.at = 0  # which of the plans
+        self.epoch: int | None = None  # whose batches are handed out
         self.opened = False  # whether anybody has said it
         self.crowded = False  # whether there are more workers than leases until the next meeting
         self.met = False  # whether there has been a meeting
@@ -351,6 +352,9 @@ class Machine(RuleBasedStateMachine):
             self.tell(m.Prepared())
         self.commit(worker, leases)
         worker.state, worker.planned = "asking", True
+        if plan is not None and plan.epoch != self.epoch:
+            self.epoch = plan.epoch
+            self.expected[e.Planned(self.now + 1.0, plan.epoch, plan.batches)] += 1
         self.tell(m.Request(*worker.who, leases, plan))
 
     def commit(self, worker: Worker, leases: tuple[int, ...]) -> None:

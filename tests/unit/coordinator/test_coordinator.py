@@ -374,6 +374,7 @@ def test_leases_are_recorded_in_order() -> None:
     coordinator.handle(m.Push(0, 1, (0,), asks=True), 3.0)
     coordinator.handle(m.Lose(1, 1), 4.0)
     assert told == [
+        events.Planned(1.0, epoch=plan.epoch, batches=plan.batches),
         events.Granted(1.0, 0, lease=0, first=0, last=1),
         events.Granted(2.0, 1, lease=1, first=1, last=2),
         events.Committed(3.0, 0, lease=0),

@@ -1,0 +1,210 @@
+"""In which order the messages of workers are taken: as they come, or as in a run that was recorded."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+from lightning_stale.events import Event, Turn
+from lightning_stale.events.kinds import What
+from lightning_stale.recording.log import PER_S, turns
+
+EventT = TypeVar("EventT", bound=Event)
+
+
+class ReplayError(RuntimeError):
+    """The run cannot be the one that was recorded, or is no more."""
+
+
+class DiffersError(ReplayError):
+    """The run has become another one than that of the record."""
+
+    def __str__(self) -> str:
+        return f"the replay differs from its record: {super().__str__()}"
+
+
+class Turns:
+    """Takes each message as it comes.
+
+    All that follows from the messages of a run (who is released and granted what, and which weights each worker has
+    when) follows from their order and the time of each, which the coordinator and the paradigm are told. So a run whose
+    messages are taken in the order and at the times of another one is that one again.
+
+    Args:
+        clock: says what time it is, in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+
+    def now(self) -> float:
+        """Return the time, in seconds, that is told to whoever takes a message."""
+        return self._clock()
+
+    def take(self, worker: int, what: What, handle: Callable[[], object]) -> None:
+        """Have ``handle`` called when it is the turn of this message.
+
+        Args:
+            worker: from which it is; -1: from one that joins as any.
+            what: kind of message it is.
+            handle: takes it.
+        """
+        handle()
+
+    def lose(self, worker: int, handle: Callable[[], object]) -> None:
+        """The connection of ``worker`` has ended: have ``handle`` called, if that is to be noted."""
+        self.take(worker, "lost", handle)
+
+    def expected(self, kind: type[EventT]) -> EventT | None:
+        """Return what of this kind has followed from the message that is taken now, if that is known."""
+        return None
+
+    def ended(self) -> None:
+        """The run has failed: from now on the order does not matter."""
+
+
+class RecordedTurns(Turns):
+    """As they come, and the record has each turn: its time is a whole number of microseconds, as it is written.
+
+    Args:
+        record: is told.
+        clock: as for :class:`Turns`.
+    """
+
+    def __init__(self, record: Callable[[Event], None], clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(clock)
+        self._record = record
+        self._at = self._read()
+
+    def _read(self) -> float:
+        return int(self._clock() * PER_S) / PER_S
+
+    def now(self) -> float:
+        return self._at
+
+    def take(self, worker: int, what: What, handle: Callable[[], object]) -> None:
+        self._at = self._read()
+        self._record(Turn(self._at, worker, what))
+        handle()
+
+
+class ReplayedTurns(Turns):
+    """In the order, and at the times, of a record; a message that comes before its turn waits.
+
+    A worker that was lost is lost when it is its turn, whatever it does.
+
+    Args:
+        events: those of the record.
+        record: is told of each turn.
+        lose: is called with who is lost now.
+
+    Example::
+
+        >>> from lightning_stale.recording.turns import ReplayedTurns
+        >>> from lightning_stale.events import Turn
+        >>> record = [Turn(0.1, worker=1, what="push"), Turn(0.2, worker=0, what="push")]
+        >>> turns = ReplayedTurns(record, lose=print)
+        >>> turns.take(0, "push", lambda: print("0 at", turns.now()))
+        >>> turns.take(1, "push", lambda: print("1 at", turns.now()))
+        1 at 0.1
+        0 at 0.2
+    """
+
+    def __init__(
+        self,
+        events: Iterable[Event],
+        lose: Callable[[int], object],
+        record: Callable[[Event], None] = lambda event: None,
+    ) -> None:
+        super().__init__()
+        self._turns: Iterator[tuple[Turn, list[Event]]] = turns(events)
+        self._lose, self._record = lose, record
+        self._early: defaultdict[int, deque[tuple[What, Callable[[], object]]]] = defaultdict(deque)
+        self._at = 0.0
+        self._followed: list[Event] = []
+        self._taking = self._over = False
+        self._next: Turn | None = None
+        self._then: list[Event] = []
+        self._advance()
+        self._at = 0.0 if self._next is None else self._next.at
+
+    def now(self) -> float:
+        return self._at
+
+    def expected(self, kind: type[EventT]) -> EventT | None:
+        return next((event for event in self._followed if isinstance(event, kind)), None)
+
+    def take(self, worker: int, what: What, handle: Callable[[], object]) -> None:
+        if self._over:
+            handle()
+            return
+        self._early[worker].append((what, handle))
+        self._go_on()
+
+    def lose(self, worker: int, handle: Callable[[], object]) -> None:
+        if self._over:
+            handle()
+            return
+        said = self._early.get(worker)
+        if said and said[-1][0] in ("bye", "abort"):  # which has its turn yet
+            return
+        raise DiffersError(
+            f"rank {worker} is gone, and in the record it is there: {self._what_is_next()}. What it printed is above"
+        )
+
+    def ended(self) -> None:
+        self._over = True
+        early, self._early = self._early, defaultdict(deque)
+        for queue in early.values():
+            for _, handle in queue:
+                handle()
+
+    def _go_on(self) -> None:
+        while not self._taking and not self._over:
+            handle = self._whose_turn_it_is()
+            if handle is None:
+                return
+            self._taking = True
+            try:
+                handle()
+            finally:
+                self._taking = False
+
+    def _whose_turn_it_is(self) -> Callable[[], object] | None:
+        turn = self._next
+        if turn is None:
+            if any(self._early.values()):
+                raise ReplayError("the record that is replayed ends here: nothing is known of what came then")
+            return None
+        if turn.what == "lost":
+            self._early.pop(turn.worker, None)
+            self._begin(turn)
+            return lambda: self._lose(turn.worker)
+        queue = self._early.get(turn.worker)
+        if not queue:
+            return None
+        what, handle = queue[0]
+        if what == "abort" != turn.what:  # it says itself what is wrong
+            return queue.popleft()[1]
+        if what != turn.what:
+            raise DiffersError(
+                f"rank {turn.worker} has come to a {what!r} where in the record {self._what_is_next()}: the script, "
+                "its arguments or the data are others than those of the record"
+            )
+        queue.popleft()
+        self._begin(turn)
+        return handle
+
+    def _begin(self, turn: Turn) -> None:
+        self._at, self._followed = turn.at, self._then
+        self._record(turn)
+        self._advance()
+
+    def _what_is_next(self) -> str:
+        turn = self._next
+        return "nothing follows" if turn is None else f"a {turn.what!r} of rank {turn.worker} follows"
+
+    def _advance(self) -> None:
+        self._next, self._then = next(self._turns, (None, []))
