@@ -6,6 +6,7 @@ the names of these classes. What Lightning's Trainer takes itself (accelerator, 
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -82,8 +83,8 @@ class StaleSyncStrategy(StaleStrategy):
     apply: Any = "plain"  # a name, or a rule; the group `apply` has one schema for each
     data: str = "auto"
     elastic: Any = False  # or true, or a node whose _target_ is lightning_stale.Elastic
-    record: Any = False  # or true, or the path of a file
-    replay: str | None = None
+    record: bool | str | Path = False
+    replay: str | Path | None = None
 
 
 @dataclass
@@ -162,8 +163,8 @@ class HPSGDStrategy(StaleStrategy):
     outer_optimizer: Any = None
     merge: str = "hpsgd"
     data: str = "auto"
-    record: Any = False  # or true, or the path of a file
-    replay: str | None = None
+    record: bool | str | Path = False
+    replay: str | Path | None = None
 
 
 @dataclass
