@@ -6,5 +6,6 @@ from lightning_stale.callbacks.monitor import StalenessMonitor
 from lightning_stale.callbacks.step_trace import StepTrace
 from lightning_stale.callbacks.straggler import StragglerInjection
 from lightning_stale.callbacks.threshold_schedule import ThresholdSchedule
+from lightning_stale.callbacks.timeline import Timeline
 
-__all__ = ["StalenessMonitor", "StepTrace", "StragglerInjection", "ThresholdSchedule"]
+__all__ = ["StalenessMonitor", "StepTrace", "StragglerInjection", "ThresholdSchedule", "Timeline"]

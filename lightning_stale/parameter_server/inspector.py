@@ -43,7 +43,7 @@ class Inspector:
     @classmethod
     def of(cls, recording: Recording, names: Sequence[str], record: Callable[[Event], None]) -> Inspector | None:
         """Return that of a run; ``None`` if it is neither recorded nor replayed."""
-        if recording == Recording():
+        if not recording.looks_at_pushes:
             return None
         replay, until = recording.replay, recording.until
         file = None if replay is None or until is None else replay.with_name(f"{replay.name}.update-{until}.pt")

@@ -9,6 +9,8 @@ from typing import Any
 
 from lightning_stale.events import Recorder
 from lightning_stale.recording.log import EventLog, read
+from lightning_stale.recording.trace import StaleSyncTrace
+from lightning_stale.recording.trace_file import TraceFile
 from lightning_stale.recording.turns import RecordedTurns, ReplayedTurns, ReplayError, Turns
 
 REPLAY = "LIGHTNING_STALE_REPLAY"
@@ -35,11 +37,20 @@ class Recording:
         record: the file to write; ``None``: none.
         replay: the record whose order it follows; ``None``: none.
         until: with ``replay``: the update to end with.
+        trace: the file of a timeline to write; ``None``: none.
+        trace_events: how many events that has at most.
     """
 
     record: Path | None = None
     replay: Path | None = None
     until: int | None = None
+    trace: Path | None = None
+    trace_events: int = 0
+
+    @property
+    def looks_at_pushes(self) -> bool:
+        """Whether each push is compared, or to be compared later."""
+        return self.record is not None or self.replay is not None
 
     def check(self, header: Mapping[str, Any]) -> None:
         """See that the fit can be the one that is replayed.
@@ -79,8 +90,10 @@ class Recording:
         turns = Turns()
         if self.replay is not None:
             turns = ReplayedTurns(read(self.replay)[1], lose, recorder.record)
-        elif self.record is not None:
+        elif self.record is not None or self.trace is not None:
             turns = RecordedTurns(recorder.record)
+        if self.trace is not None:
+            recorder.add(StaleSyncTrace(TraceFile(self.trace, self.trace_events)))
         if self.record is not None:
             recorder.add(EventLog(self.record, header))
         return turns

@@ -33,6 +33,9 @@ class Records:
         if replay is not None and (not isinstance(replay, (str, Path)) or replay == ""):
             raise ValueError(f"replay={replay!r}: write the path of a file that record= has written")
         self.record, self.replay = record, replay
+        self.trace: Path | None = None
+        """Where a timeline of the next fit is written."""
+        self.trace_events = 0
         self._fits = 0
         if replay is not None:
             _check(Path(replay), "replay")
@@ -55,7 +58,8 @@ class Records:
         if record is not None and trainer.is_global_zero:
             record.parent.mkdir(parents=True, exist_ok=True)
             rank_zero_info(f"This fit is recorded in {record}")
-        return Recording(record, None if replay is None else Path(replay), until)
+        trace, self.trace = self.trace, None
+        return Recording(record, None if replay is None else Path(replay), until, trace, self.trace_events)
 
 
 def _check(path: Path, name: str) -> None:

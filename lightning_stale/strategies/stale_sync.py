@@ -249,6 +249,10 @@ class StaleSyncStrategy(JoinableStrategy):
         if self.paradigm.averages:
             self._clip_with(self._update.note_clipping)
 
+    def trace(self, path: Path, max_events: int) -> None:
+        """Have a timeline of the next fit written, see :class:`~lightning_stale.Timeline`."""
+        self._records.trace, self._records.trace_events = path, max_events
+
     def _begin(self, run: str) -> None:
         if self._newcomer is None:
             self._update.recording = self._records.next(self._require_trainer())

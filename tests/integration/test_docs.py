@@ -24,7 +24,7 @@ from tests.pages import PAGES, Snippet, named, snippets
 
 ALONE = [snippet for snippet in snippets("python") if snippet.name is None]
 BATCHES = 8
-BY_NAME = {"five lines", "compare", "gpt2"}
+BY_NAME = {"five lines", "compare", "gpt2", "replay"}
 """Those that have a test of their own below."""
 
 _Trainer = L.Trainer
@@ -137,3 +137,14 @@ def test_hugging_faces_gpt2_in_blocks(readers_own: dict[str, Any]) -> None:
         trainer(1, strategy, max_steps=8).fit(model, DataLoader(tokens, batch_size=5))
         results.append(weights(model))
     assert_same(*results)
+
+
+def test_a_recorded_fit_and_the_same_again(
+    readers_own: dict[str, Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (snippet,) = named("replay")
+    fit = run(snippet, readers_own)["fit"]
+    assert_same(weights(fit(replay="run.record")), weights(fit(record=False)))  # one worker: always the same
+    with pytest.raises(ValueError, match="no record of a run"):
+        fit(replay=__file__)
