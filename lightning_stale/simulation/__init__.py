@@ -10,6 +10,18 @@ from lightning_stale.simulation.cluster import Cluster
 from lightning_stale.simulation.ddp import run_ddp
 from lightning_stale.simulation.log import read_log
 from lightning_stale.simulation.outcome import Outcome
+from lightning_stale.simulation.pipeline.choice import PipelineChoice, choose_pipeline
+from lightning_stale.simulation.pipeline.log import read_stage_log
+from lightning_stale.simulation.pipeline.outcome import PipelineOutcome
+from lightning_stale.simulation.pipeline.run import Costs, run_pipeline
+from lightning_stale.simulation.pipeline.setting import (
+    DSPSetting,
+    FlushingSetting,
+    PipelineSetting,
+    parse_pipeline,
+    usual_pipelines,
+)
+from lightning_stale.simulation.pipeline.stage_times import StageTimes, draw_stages
 from lightning_stale.simulation.run import run
 from lightning_stale.simulation.setting import Setting, usual
 from lightning_stale.simulation.step_times import StepTimes, draw
@@ -17,13 +29,26 @@ from lightning_stale.simulation.step_times import StepTimes, draw
 __all__ = [
     "Choice",
     "Cluster",
+    "Costs",
+    "DSPSetting",
+    "FlushingSetting",
     "Outcome",
+    "PipelineChoice",
+    "PipelineOutcome",
+    "PipelineSetting",
     "Setting",
+    "StageTimes",
     "StepTimes",
     "choose",
+    "choose_pipeline",
     "draw",
+    "draw_stages",
+    "parse_pipeline",
     "read_log",
+    "read_stage_log",
     "run",
     "run_ddp",
+    "run_pipeline",
     "usual",
+    "usual_pipelines",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from lightning_stale.simulation.cluster import Cluster
 from lightning_stale.simulation.ddp import run_ddp
 from lightning_stale.simulation.log import read_log
 from lightning_stale.simulation.outcome import Outcome
+from lightning_stale.simulation.pipeline import command as pipeline
 from lightning_stale.simulation.run import run
 from lightning_stale.simulation.setting import Setting, usual
 from lightning_stale.simulation.step_times import StepTimes, draw
+from lightning_stale.simulation.tables import as_time
 
 HELP = "predict what each paradigm makes of a cluster, from step times"
 LEGEND = (
@@ -29,6 +32,7 @@ LEGEND = (
     "alone; staleness of gradients, in updates: mean, 99 %, max; server: how busy"
 )
 _EPILOG = """\
+Of the stages of a pipeline (dsp, 1f1b): python -m lightning_stale simulate pipeline --help.
 Step times are those of a log (--log: a CSV file with the columns worker, step, compute_s), or drawn (--workers ...).
 
   python -m lightning_stale simulate --log steps.csv.gz --exchange-ms 12
@@ -98,9 +102,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         >>> main(["--workers", "2", "--steps", "0"])
         2
     """
+    given = sys.argv[1:] if argv is None else list(argv)
+    if given[:1] == ["pipeline"]:
+        return pipeline.main(given[1:])
     parser = argparse.ArgumentParser("python -m lightning_stale simulate")
     add_arguments(parser)
-    return simulate(parser.parse_args(argv))
+    return simulate(parser.parse_args(given))
 
 
 def simulate(options: argparse.Namespace) -> int:
@@ -178,7 +185,7 @@ def table(ddp: Outcome, outcomes: Sequence[Outcome], choice: Choice) -> Table:
         chosen = outcome is choice.outcome
         result.add_row(
             f"{'→' if chosen else ' '} {outcome.name}",
-            _seconds(outcome.epoch_s),
+            as_time(outcome.epoch_s),
             f"{outcome.rate / ddp.rate:.2f}",
             f"{outcome.efficiency:.2f}",
             f"{outcome.waiting:.1%}",
@@ -189,12 +196,6 @@ def table(ddp: Outcome, outcomes: Sequence[Outcome], choice: Choice) -> Table:
             style="bold" if chosen else None,
         )
     return result
-
-
-def _seconds(value: float) -> str:
-    if value < 600:
-        return f"{value:.3g} s"
-    return f"{value / 60:.1f} min" if value < 3 * 3600 else f"{value / 3600:.1f} h"
 
 
 def _as_json(
