@@ -23,10 +23,11 @@ from lightning_stale.simulation.pipeline.setting import (
 )
 from lightning_stale.simulation.pipeline.stage_times import StageTimes, draw_stages
 from lightning_stale.simulation.run import run
-from lightning_stale.simulation.setting import Setting, usual
+from lightning_stale.simulation.setting import AveragingSetting, Setting, parse_setting, usual
 from lightning_stale.simulation.step_times import StepTimes, draw
 
 __all__ = [
+    "AveragingSetting",
     "Choice",
     "Cluster",
     "Costs",
@@ -44,6 +45,7 @@ __all__ = [
     "draw",
     "draw_stages",
     "parse_pipeline",
+    "parse_setting",
     "read_log",
     "read_stage_log",
     "run",

@@ -22,7 +22,7 @@ from lightning_stale.simulation.log import read_log
 from lightning_stale.simulation.outcome import Outcome
 from lightning_stale.simulation.pipeline import command as pipeline
 from lightning_stale.simulation.run import run
-from lightning_stale.simulation.setting import Setting, usual
+from lightning_stale.simulation.setting import AveragingSetting, Setting, parse_setting, usual
 from lightning_stale.simulation.step_times import StepTimes, draw
 from lightning_stale.simulation.tables import as_time
 
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("link-gbit", "GBIT", "bandwidth of a worker, each way"),
         ("server-gbit", "GBIT", "bandwidth of the server, each way, for all together"),
         ("update-ms", "MS", "the server's time for one update"),
-        ("all-reduce-ms", "MS", "DDP's exchange in a step (default: a ring over the links)"),
+        ("all-reduce-ms", "MS", "DDP's and HPSGD's exchange (default: a ring over the links)"),
         ("deaths-per-hour", "R", "of a worker; worker 0 is spared"),
         ("back-after-s", "S", "until another takes its place, inf for never"),
         ("checkpoint-s", "S", "from one checkpoint to the next"),
@@ -77,8 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--setting",
         action="append",
         metavar="NAME",
-        help="bsp, asp, ssp:3, dssp:3:15, with @on-demand for data on demand; bounded-delay:8, bounded-delay:auto; "
-        "repeat it (default: a few of each)",
+        help="bsp, asp, ssp:3, dssp:3:15, hpsgd, hpsgd:4, with @on-demand for data on demand; bounded-delay:8, "
+        "bounded-delay:auto; repeat it (default: a few of each)",
     )
     compared.add_argument("--steps", type=int, default=500, help="of each worker in an epoch (default: %(default)s)")
     compared.add_argument("--epochs", type=int, default=1, help="(default: %(default)s)")
@@ -141,7 +141,7 @@ def simulate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _read(options: argparse.Namespace) -> tuple[StepTimes, Cluster, list[Setting], int]:
+def _read(options: argparse.Namespace) -> tuple[StepTimes, Cluster, list[Setting | AveragingSetting], int]:
     if (options.log is None) == (options.workers is None):
         raise ValueError("write --log FILE for the step times of a log, or --workers N to have some drawn")
     if options.steps < 1 or options.epochs < 1:
@@ -171,7 +171,7 @@ def _read(options: argparse.Namespace) -> tuple[StepTimes, Cluster, list[Setting
         "checkpoint_s": (options.checkpoint_s, 1),
     }
     cluster = Cluster(**{name: value * unit for name, (value, unit) in given.items() if value is not None})
-    settings = usual(times.workers) if options.setting is None else list(map(Setting.parse, options.setting))
+    settings = usual(times.workers) if options.setting is None else list(map(parse_setting, options.setting))
     return times, cluster, settings, 3 * times.workers if options.max_staleness is None else options.max_staleness
 
 
@@ -192,7 +192,7 @@ def table(ddp: Outcome, outcomes: Sequence[Outcome], choice: Choice) -> Table:
             f"{outcome.mean_staleness:.1f}",
             str(outcome.quantile(0.99)),
             str(outcome.max_staleness),
-            f"{outcome.server_load:.0%}" if outcome is not ddp else "",
+            "" if outcome.server_load is None else f"{outcome.server_load:.0%}",
             style="bold" if chosen else None,
         )
     return result

@@ -24,9 +24,10 @@ from lightning_stale.coordinator.messages import (
     Request,
     RoundOver,
 )
+from lightning_stale.simulation.averaging import run_averaging
 from lightning_stale.simulation.cluster import FREE, Cluster
 from lightning_stale.simulation.outcome import Outcome
-from lightning_stale.simulation.setting import Setting
+from lightning_stale.simulation.setting import AveragingSetting, Setting
 from lightning_stale.simulation.step_times import StepTimes
 
 # What happens to a worker. At equal times, workers come in their order, and each in this one.
@@ -38,7 +39,7 @@ RETURNS = 4
 
 
 def run(
-    setting: Setting,
+    setting: Setting | AveragingSetting,
     times: StepTimes,
     cluster: Cluster = FREE,
     *,
@@ -46,7 +47,7 @@ def run(
     epochs: int = 1,
     seed: int = 0,
 ) -> Outcome:
-    """Simulate a run of ``StaleSyncStrategy``: its coordinator, paradigm and leases are the real ones.
+    """Simulate a run of ``StaleSyncStrategy``: its coordinator, paradigm and leases are the real ones. Or of HPSGD.
 
     Every epoch has ``steps`` batches per worker. With shards, each worker trains its own; on demand, whoever is free
     gets the next. At the end of an epoch all meet. Each batch takes as long as the next step of its worker's times.
@@ -55,7 +56,7 @@ def run(
     ends, and begins again from the last checkpoint, as with DDP.
 
     Args:
-        setting: paradigm and data.
+        setting: paradigm and data, or rounds and data.
         times: of the workers.
         cluster: what an exchange costs.
         steps: of each worker in an epoch; those of ``times`` by default.
@@ -76,6 +77,8 @@ def run(
     steps = times.steps if steps is None else steps
     if steps < 1 or epochs < 1:
         raise ValueError(f"steps={steps}, epochs={epochs}: write at least one of each")
+    if isinstance(setting, AveragingSetting):
+        return run_averaging(setting, times, cluster, steps, epochs, seed)
     simulated = _Run(setting, times, cluster, steps, epochs, seed)
     simulated.go()
     return simulated.outcome()

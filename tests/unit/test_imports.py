@@ -65,6 +65,8 @@ PURE = [
     "pipeline.schedule",
     "pipeline.staleness",
     *(f"simulation.{name}" for name in ("run", "ddp", "cluster", "step_times", "outcome", "setting", "choice")),
+    *(f"simulation.pipeline.{name}" for name in ("channel", "engine", "run", "setting", "stage_times", "outcome")),
+    "simulation.pipeline.choice",
 ]
 """Modules and packages of decisions: no socket, no clock, no thread, no torch."""
 PURE_STANDARD = {

@@ -166,8 +166,8 @@ def title(times: StageTimes) -> str:
     """Return what is simulated, in a line."""
     own = [times.own(stage) for stage in range(times.stages)]
     return (
-        f"{times.name}: {times.stages} stages, the slowest {as_time(max(own))} a batch, "
-        f"{max(own) * len(own) / sum(own):.2f} times the mean"
+        f"{times.name}: {times.stages} stages, the slowest {as_time(max(own))} "
+        f"({max(own) * len(own) / sum(own):.2f} times the mean)"
     )
 
 

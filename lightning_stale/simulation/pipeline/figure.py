@@ -40,6 +40,7 @@ def draw_pipelines(path: Path, title: str, outcomes: Sequence[PipelineOutcome], 
     figure = Figure(figsize=(8, 1.9 + max(0.36, 0.08 * stages) * len(outcomes)), layout="constrained")
     FigureCanvasAgg(figure)
     speed, time = figure.subplots(1, 2, sharey=True)
+    plain = {"facecolor": "white", "edgecolor": "none", "pad": 1}
     for place, row in enumerate(outcomes):
         stale = max(row.staleness)
         speed.barh(
@@ -50,7 +51,7 @@ def draw_pipelines(path: Path, title: str, outcomes: Sequence[PipelineOutcome], 
             linewidth=0.6,
         )
         label = f"{row.efficiency:.2f}" + (f", {stale} stale" if stale else "")
-        speed.text(row.efficiency + 0.05, place, label, va="center", fontsize="small")
+        speed.text(row.efficiency + 0.05, place, label, va="center", fontsize="small", bbox=plain)
         for stage in range(stages):
             begin, at = 0.0, place + (stage - (stages - 1) / 2) * thickness
             shares = (row.utilisation[stage], *(row.waiting[what][stage] for what in row.waiting))
