@@ -22,6 +22,7 @@ from lightning_stale.simulation.pipeline.setting import (
     usual_pipelines,
 )
 from lightning_stale.simulation.pipeline.stage_times import StageTimes, draw_stages
+from lightning_stale.simulation.recorded import RecordedTimes, step_times_of
 from lightning_stale.simulation.run import run
 from lightning_stale.simulation.setting import AveragingSetting, Setting, parse_setting, usual
 from lightning_stale.simulation.step_times import StepTimes, draw
@@ -37,6 +38,7 @@ __all__ = [
     "PipelineChoice",
     "PipelineOutcome",
     "PipelineSetting",
+    "RecordedTimes",
     "Setting",
     "StageTimes",
     "StepTimes",
@@ -51,6 +53,7 @@ __all__ = [
     "run",
     "run_ddp",
     "run_pipeline",
+    "step_times_of",
     "usual",
     "usual_pipelines",
 ]

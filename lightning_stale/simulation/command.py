@@ -147,7 +147,7 @@ def _read(options: argparse.Namespace) -> tuple[StepTimes, Cluster, list[Setting
     if options.steps < 1 or options.epochs < 1:
         raise ValueError(f"--steps {options.steps} --epochs {options.epochs}: write at least one of each")
     if options.log is not None:
-        times = read_log(*options.log, job=options.job, column=options.column)
+        times = _logged(options)
     else:
         times = draw(
             options.workers,
@@ -173,6 +173,11 @@ def _read(options: argparse.Namespace) -> tuple[StepTimes, Cluster, list[Setting
     cluster = Cluster(**{name: value * unit for name, (value, unit) in given.items() if value is not None})
     settings = usual(times.workers) if options.setting is None else list(map(parse_setting, options.setting))
     return times, cluster, settings, 3 * times.workers if options.max_staleness is None else options.max_staleness
+
+
+def _logged(options: argparse.Namespace) -> StepTimes:
+    """Return the step times of ``--log``, whatever kind of file that is."""
+    return read_log(*options.log, job=options.job, column=options.column)
 
 
 def table(ddp: Outcome, outcomes: Sequence[Outcome], choice: Choice) -> Table:

@@ -6,8 +6,9 @@ import heapq
 import itertools
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
+from lightning_stale import events
 from lightning_stale.coordinator.coordinator import Coordinator
 from lightning_stale.coordinator.leases import EpochLeases, Grant, Plan
 from lightning_stale.coordinator.messages import (
@@ -46,6 +47,7 @@ def run(
     steps: int | None = None,
     epochs: int = 1,
     seed: int = 0,
+    record: Callable[[events.Event], None] | None = None,
 ) -> Outcome:
     """Simulate a run of ``StaleSyncStrategy``: its coordinator, paradigm and leases are the real ones. Or of HPSGD.
 
@@ -62,6 +64,7 @@ def run(
         steps: of each worker in an epoch; those of ``times`` by default.
         epochs: how many.
         seed: of the deaths.
+        record: is told what happens, as the recorder of a real server is; not of HPSGD.
 
     Raises:
         ValueError: if ``steps`` or ``epochs`` is not above zero.
@@ -79,14 +82,21 @@ def run(
         raise ValueError(f"steps={steps}, epochs={epochs}: write at least one of each")
     if isinstance(setting, AveragingSetting):
         return run_averaging(setting, times, cluster, steps, epochs, seed)
-    simulated = _Run(setting, times, cluster, steps, epochs, seed)
+    simulated = _Run(setting, times, cluster, steps, epochs, seed, record)
     simulated.go()
     return simulated.outcome()
 
 
 class _Run:
     def __init__(
-        self, setting: Setting, times: StepTimes, cluster: Cluster, steps: int, epochs: int, seed: int
+        self,
+        setting: Setting,
+        times: StepTimes,
+        cluster: Cluster,
+        steps: int,
+        epochs: int,
+        seed: int,
+        record: Callable[[events.Event], None] | None,
     ) -> None:
         self.setting, self.times, self.cluster, self.seed = setting, times, cluster, seed
         self.steps, self.epochs = steps, epochs
@@ -98,7 +108,11 @@ class _Run:
             self.paradigm,
             leases=EpochLeases(workers, self.paradigm.allows) if self.on_demand else None,
             on_loss="go on" if self.on_demand else "end",
+            record=record or (lambda event: None),
         )
+        self.record = record
+        self.idle_since = [0.0] * workers  # by its own clock
+        self.spent = [(0.0, 0.0)] * workers  # waiting and computing, since its last message
         self.work: list[Iterator[float]] = [itertools.cycle(each) for each in times.of]
         self.events: list[tuple[float, int, int, int]] = []  # time, worker, kind, generation
         self.now = 0.0
@@ -156,7 +170,11 @@ class _Run:
 
     def push(self, worker: int) -> None:
         self.batches += 1
-        self.staleness[self.version - self.pulled[worker]] += 1
+        stale = self.version - self.pulled[worker]
+        self.staleness[stale] += 1
+        if self.record is not None:
+            self.record(events.Spent(self.now, worker, *self.spent[worker]))
+            self.record(events.Pushed(self.now, worker, stale))
         if not self.paradigm.averages:
             self.version += 1
         leases = (self.lease[worker],) if self.on_demand else ()
@@ -195,6 +213,8 @@ class _Run:
             self.left[worker] -= 1
         seconds = next(self.work[worker])
         self.computed += seconds
+        self.spent[worker] = begins - self.idle_since[worker], seconds
+        self.idle_since[worker] = begins + seconds
         self._later(begins + seconds + self.cluster.one_way_s, worker, PUSHES)
 
     def next_epoch(self) -> None:
