@@ -65,7 +65,7 @@ def run_pipeline(
         ...     print(name, round(outcome.efficiency, 2))
         bp 0.25
         dsp 0.75
-        dsp@no-recompute 0.99
+        dsp@no-recompute 1.0
         1f1b:8 0.73
     """
     batches = times.batches if batches is None else batches
