@@ -111,13 +111,10 @@ def compared_pipelines(batches: int, runs: list[dict[str, Any]]) -> list[dict[st
 def message_s(logs: list[dict[str, Any]]) -> float:
     """Return how long a message takes that is waited for, on average."""
     times = []
-    for stage, log in enumerate(logs):
-        sent = {}
-        for k, what in ((stage - 1, "features"), (stage + 1, "gradients")):
-            for of, is_sent, batch, began, _ in logs[k % WORKERS]["messages"]:
-                if is_sent and of == what:
-                    sent[what, batch] = began
-        for what, is_sent, batch, began, ended in log["messages"]:
-            if not is_sent:
-                times.append(ended - max(began, sent[what, batch]))
+    for what, onwards in (("features", 1), ("gradients", -1)):
+        for stage in range(WORKERS):
+            if 0 <= stage + onwards < WORKERS:
+                sent = [began for of, is_sent, _, began, _ in logs[stage]["messages"] if is_sent and of == what]
+                taken = [one[3:] for one in logs[stage + onwards]["messages"] if not one[1] and one[0] == what]
+                times += [ended - max(asked, began) for began, (asked, ended) in zip(sent, taken, strict=True)]
     return statistics.fmean(times)

@@ -131,14 +131,15 @@ def draw_stages(
             raise ValueError(f"{what} has {len(medians)} values for {stages} stages: write one, or one per stage")
         return tuple(tuple(time(median) for _ in range(batches)) for median in medians)
 
-    shown = "/".join(f"{1e3 * value:g}" for value in (_first(forward_s), _first(backward_s)))
     return StageTimes(
-        f"{shown} ms forward/backward",
+        f"{_shown(forward_s)}/{_shown(backward_s)} ms forward/backward",
         times("forward_s", forward_s),
         times("backward_s", backward_s),
         ((update_s,),) * stages if update_s else (),
     )
 
 
-def _first(seconds: float | Sequence[float]) -> float:
-    return seconds if isinstance(seconds, (int, float)) else [*seconds, 0.0][0]
+def _shown(seconds: float | Sequence[float]) -> str:
+    values = [seconds] if isinstance(seconds, (int, float)) else seconds
+    least, most = (f"{1e3 * value:g}" for value in (min(values), max(values)))
+    return least if least == most else f"{least} to {most}"

@@ -169,6 +169,7 @@ def test_drawn_times_have_their_medians_and_stragglers() -> None:
     assert sorted(times.backward[1])[1600] == pytest.approx(4.0, rel=0.02)
     assert sum(time > 6.0 for time in times.forward[1]) == pytest.approx(800, rel=0.1)
     assert times.update == ((1,), (1,))
+    assert times.name == "1000/2000 to 4000 ms forward/backward"
 
 
 @pytest.mark.parametrize(
