@@ -27,7 +27,8 @@ def run_averaging(
     """See :func:`~lightning_stale.simulation.run.run`; at the end of an epoch all flush their rounds.
 
     A sum takes ``cluster.ring_s`` from when the last worker has launched it, and costs no worker's time but that in
-    which it waits. A death ends the run, which begins again from the last checkpoint.
+    which it waits; a round costs ``cluster.update_s`` of each. A death ends the run, which begins again from the last
+    checkpoint.
 
     Example::
 
@@ -38,7 +39,7 @@ def run_averaging(
         hpsgd:1 0.49
         hpsgd:2 0.96
     """
-    simulated = _Run(setting, times, cluster.ring_s(times.workers))
+    simulated = _Run(setting, times, cluster.ring_s(times.workers), cluster.update_s)
     for epoch in range(epochs):
         simulated.train(epoch, steps)
     batches = steps * epochs * times.workers
@@ -76,14 +77,15 @@ class _Worker:
     left: int = 0  # of its shard
     over: bool = False  # no batch is left
     steps: int = 0  # of this round
+    pause_s: float = 0.0  # before its next step
     sums: int = 0  # that it has launched
     under_way: bool = False  # the last of them
     flushing: bool = False
 
 
 class _Run:
-    def __init__(self, setting: AveragingSetting, times: StepTimes, exchange_s: float) -> None:
-        self.setting, self.exchange_s = setting, exchange_s
+    def __init__(self, setting: AveragingSetting, times: StepTimes, exchange_s: float, round_s: float) -> None:
+        self.setting, self.exchange_s, self.round_s = setting, exchange_s, round_s
         self.workers = [_Worker(itertools.cycle(each)) for each in times.of]
         self.sums: list[_Sum] = []
         self.events: list[tuple[float, int, int]] = []  # time, worker, kind
@@ -132,7 +134,8 @@ class _Run:
         worker.left -= 1
         seconds = next(worker.work)
         self.computed += seconds
-        heapq.heappush(self.events, (self.now + seconds, number, STEPPED))
+        heapq.heappush(self.events, (self.now + worker.pause_s + seconds, number, STEPPED))
+        worker.pause_s = 0.0
 
     # --- rounds -------------------------------------------------------------------------------------------------------
 
@@ -201,7 +204,7 @@ class _Run:
             self.sums.append(_Sum())
         one = self.sums[worker.sums]
         worker.sums += 1
-        worker.under_way = True
+        worker.under_way, worker.pause_s = True, self.round_s
         one.launched += 1
         one.flushing += worker.flushing
         one.steps += worker.steps

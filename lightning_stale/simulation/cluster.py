@@ -22,7 +22,8 @@ class Cluster:
             seconds.
         link_gbit: bandwidth of a worker, in Gbit/s, each way.
         server_gbit: bandwidth of the server, in Gbit/s, each way, shared by all.
-        update_s: how long the server takes for an update of its weights, in seconds.
+        update_s: how long the server takes for an update of its weights, in seconds; with HPSGD, each worker at the end
+            of a round.
         all_reduce_s: what DDP's takes in a step, and HPSGD's in a round; ``None`` for that of a ring, worked out from
             the rest.
         deaths_per_hour: of a worker; that of worker 0 (the server is on its host) is left out.

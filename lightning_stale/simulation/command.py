@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("exchange-ms", "MS", "what an exchange takes besides, from push to OK"),
         ("link-gbit", "GBIT", "bandwidth of a worker, each way"),
         ("server-gbit", "GBIT", "bandwidth of the server, each way, for all together"),
-        ("update-ms", "MS", "the server's time for one update"),
+        ("update-ms", "MS", "the server's time for one update, or HPSGD's for a round"),
         ("all-reduce-ms", "MS", "DDP's and HPSGD's exchange (default: a ring over the links)"),
         ("deaths-per-hour", "R", "of a worker; worker 0 is spared"),
         ("back-after-s", "S", "until another takes its place, inf for never"),

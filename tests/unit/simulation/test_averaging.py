@@ -143,6 +143,15 @@ def test_of_a_longer_one_an_interval_waits_for_the_rest(interval: int) -> None:
     assert outcome.server_load is None
 
 
+def test_a_round_costs_each_worker_an_update() -> None:
+    """Of 40 rounds of one step: the first begins none, and after the last come those of the flush."""
+    cluster = Cluster(all_reduce_s=0.5, update_s=0.25)
+    outcome = run(parse_setting("hpsgd:1"), StepTimes("", ((1.0,),) * 4), cluster, steps=40)
+    assert outcome.seconds == pytest.approx(40 + 39 * 0.25, abs=1.1)
+    seldom = run(parse_setting("hpsgd:4"), StepTimes("", ((1.0,),) * 4), cluster, steps=40)
+    assert seldom.seconds == pytest.approx(40 + 9 * 0.25, abs=1.1)
+
+
 def test_on_demand_a_slow_worker_holds_nobody_up() -> None:
     times = StepTimes("", ((1.0,), (1.0,), (1.0,), (3.0,)))
     shards, on_demand = (run(parse_setting(f"hpsgd@{data}"), times, steps=300) for data in ("shards", "on-demand"))
