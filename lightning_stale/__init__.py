@@ -20,7 +20,14 @@ from lightning_stale.paradigms import ASP, BSP, DSSP, SSP, BoundedDelay
 __version__ = "0.1.0"
 
 if "lightning_stale_server" not in sys._xoptions:  # the server process needs torch, and not all of lightning
-    from lightning_stale.callbacks import StalenessMonitor, StepTrace, StragglerInjection, ThresholdSchedule, Timeline
+    from lightning_stale.callbacks import (
+        StalenessMonitor,
+        StepLog,
+        StepTrace,
+        StragglerInjection,
+        ThresholdSchedule,
+        Timeline,
+    )
     from lightning_stale.launchers import hydra_job
     from lightning_stale.parameter_server.apply import (
         ApplyRule,
@@ -69,6 +76,7 @@ __all__ = [
     "StaleSyncStrategy",
     "StalenessMonitor",
     "Step",
+    "StepLog",
     "StepTrace",
     "StragglerInjection",
     "ThresholdSchedule",

@@ -35,7 +35,9 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("run", help="run a script, and again when it fails, from its newest checkpoint")
     commands.add_parser("replay", help="what is recorded of a fit, and that fit again, bit for bit")
-    commands.add_parser("simulate", help="what each paradigm would make of a cluster, from step times")
+    commands.add_parser(
+        "simulate", help="what each paradigm would make of a cluster, or of a pipeline, from step times"
+    )
     join = commands.add_parser("join", help="join an elastic fit that runs")
     join.add_argument("address", metavar="HOST:PORT", help="of rank 0, as it has printed it")
     join.add_argument(

@@ -22,8 +22,10 @@ class Cluster:
             seconds.
         link_gbit: bandwidth of a worker, in Gbit/s, each way.
         server_gbit: bandwidth of the server, in Gbit/s, each way, shared by all.
-        update_s: how long the server takes for an update of its weights, in seconds.
-        all_reduce_s: what DDP's takes in a step; ``None`` for that of a ring, worked out from the rest.
+        update_s: how long the server takes for an update of its weights, in seconds; with HPSGD, each worker at the end
+            of a round.
+        all_reduce_s: what DDP's takes in a step, and HPSGD's in a round; ``None`` for that of a ring, worked out from
+            the rest.
         deaths_per_hour: of a worker; that of worker 0 (the server is on its host) is left out.
         back_after_s: after how long another one takes its place; ``inf`` for never, with data on demand.
         checkpoint_s: how often a checkpoint is written; what ends at a death goes on from the last one.

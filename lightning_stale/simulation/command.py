@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from lightning_stale.simulation.cluster import Cluster
 from lightning_stale.simulation.ddp import run_ddp
 from lightning_stale.simulation.log import read_log
 from lightning_stale.simulation.outcome import Outcome
+from lightning_stale.simulation.pipeline import command as pipeline
 from lightning_stale.simulation.run import run
-from lightning_stale.simulation.setting import Setting, usual
+from lightning_stale.simulation.setting import AveragingSetting, Setting, parse_setting, usual
 from lightning_stale.simulation.step_times import StepTimes, draw
+from lightning_stale.simulation.tables import as_time
 
 HELP = "predict what each paradigm makes of a cluster, from step times"
 LEGEND = (
@@ -29,6 +32,7 @@ LEGEND = (
     "alone; staleness of gradients, in updates: mean, 99 %, max; server: how busy"
 )
 _EPILOG = """\
+Of the stages of a pipeline (dsp, 1f1b): python -m lightning_stale simulate pipeline --help.
 Step times are those of a log (--log: a CSV file with the columns worker, step, compute_s), or drawn (--workers ...).
 
   python -m lightning_stale simulate --log steps.csv.gz --exchange-ms 12
@@ -61,8 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("exchange-ms", "MS", "what an exchange takes besides, from push to OK"),
         ("link-gbit", "GBIT", "bandwidth of a worker, each way"),
         ("server-gbit", "GBIT", "bandwidth of the server, each way, for all together"),
-        ("update-ms", "MS", "the server's time for one update"),
-        ("all-reduce-ms", "MS", "DDP's exchange in a step (default: a ring over the links)"),
+        ("update-ms", "MS", "the server's time for one update, or HPSGD's for a round"),
+        ("all-reduce-ms", "MS", "DDP's and HPSGD's exchange (default: a ring over the links)"),
         ("deaths-per-hour", "R", "of a worker; worker 0 is spared"),
         ("back-after-s", "S", "until another takes its place, inf for never"),
         ("checkpoint-s", "S", "from one checkpoint to the next"),
@@ -73,8 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--setting",
         action="append",
         metavar="NAME",
-        help="bsp, asp, ssp:3, dssp:3:15, with @on-demand for data on demand; bounded-delay:8, bounded-delay:auto; "
-        "repeat it (default: a few of each)",
+        help="bsp, asp, ssp:3, dssp:3:15, hpsgd, hpsgd:4, with @on-demand for data on demand; bounded-delay:8, "
+        "bounded-delay:auto; repeat it (default: a few of each)",
     )
     compared.add_argument("--steps", type=int, default=500, help="of each worker in an epoch (default: %(default)s)")
     compared.add_argument("--epochs", type=int, default=1, help="(default: %(default)s)")
@@ -98,9 +102,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         >>> main(["--workers", "2", "--steps", "0"])
         2
     """
+    given = sys.argv[1:] if argv is None else list(argv)
+    if given[:1] == ["pipeline"]:
+        return pipeline.main(given[1:])
     parser = argparse.ArgumentParser("python -m lightning_stale simulate")
     add_arguments(parser)
-    return simulate(parser.parse_args(argv))
+    return simulate(parser.parse_args(given))
 
 
 def simulate(options: argparse.Namespace) -> int:
@@ -134,13 +141,13 @@ def simulate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _read(options: argparse.Namespace) -> tuple[StepTimes, Cluster, list[Setting], int]:
+def _read(options: argparse.Namespace) -> tuple[StepTimes, Cluster, list[Setting | AveragingSetting], int]:
     if (options.log is None) == (options.workers is None):
         raise ValueError("write --log FILE for the step times of a log, or --workers N to have some drawn")
     if options.steps < 1 or options.epochs < 1:
         raise ValueError(f"--steps {options.steps} --epochs {options.epochs}: write at least one of each")
     if options.log is not None:
-        times = read_log(*options.log, job=options.job, column=options.column)
+        times = _logged(options)
     else:
         times = draw(
             options.workers,
@@ -164,8 +171,13 @@ def _read(options: argparse.Namespace) -> tuple[StepTimes, Cluster, list[Setting
         "checkpoint_s": (options.checkpoint_s, 1),
     }
     cluster = Cluster(**{name: value * unit for name, (value, unit) in given.items() if value is not None})
-    settings = usual(times.workers) if options.setting is None else list(map(Setting.parse, options.setting))
+    settings = usual(times.workers) if options.setting is None else list(map(parse_setting, options.setting))
     return times, cluster, settings, 3 * times.workers if options.max_staleness is None else options.max_staleness
+
+
+def _logged(options: argparse.Namespace) -> StepTimes:
+    """Return the step times of ``--log``, whatever kind of file that is."""
+    return read_log(*options.log, job=options.job, column=options.column)
 
 
 def table(ddp: Outcome, outcomes: Sequence[Outcome], choice: Choice) -> Table:
@@ -178,23 +190,17 @@ def table(ddp: Outcome, outcomes: Sequence[Outcome], choice: Choice) -> Table:
         chosen = outcome is choice.outcome
         result.add_row(
             f"{'→' if chosen else ' '} {outcome.name}",
-            _seconds(outcome.epoch_s),
+            as_time(outcome.epoch_s),
             f"{outcome.rate / ddp.rate:.2f}",
             f"{outcome.efficiency:.2f}",
             f"{outcome.waiting:.1%}",
             f"{outcome.mean_staleness:.1f}",
             str(outcome.quantile(0.99)),
             str(outcome.max_staleness),
-            f"{outcome.server_load:.0%}" if outcome is not ddp else "",
+            "" if outcome.server_load is None else f"{outcome.server_load:.0%}",
             style="bold" if chosen else None,
         )
     return result
-
-
-def _seconds(value: float) -> str:
-    if value < 600:
-        return f"{value:.3g} s"
-    return f"{value / 60:.1f} min" if value < 3 * 3600 else f"{value / 3600:.1f} h"
 
 
 def _as_json(

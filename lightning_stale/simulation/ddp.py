@@ -33,11 +33,11 @@ def run_ddp(
     """
     steps = times.steps if steps is None else steps
     ring_s = cluster.ring_s(times.workers)
-    slowest = [max(step) for step in zip(*times.of, strict=True)]
-    worked = [sum(step) for step in zip(*times.of, strict=True)]
-    cycle = [number % times.steps for number in range(steps * epochs)]
-    seconds = sum(slowest[number] + ring_s for number in cycle)
-    computed = sum(worked[number] for number in cycle)
+    seconds = computed = 0.0
+    for number in range(steps * epochs):
+        each = [mine[number % len(mine)] for mine in times.of]
+        seconds += max(each) + ring_s
+        computed += sum(each)
     took = cluster.with_restarts(seconds, times.workers, seed)
     batches = steps * epochs * times.workers
     return Outcome(

@@ -22,8 +22,9 @@ class Outcome:
             real strategy counts as waiting: from its push to its OK, the exchange included.
         efficiency: batches per second, over the sum of the rates that the workers have alone.
         server_load: share of the time in which the server's updates, or a direction of its link, were busy: the
-            busiest of the three.
-        staleness: how many gradients were so many updates stale, the updates between their pull and their push.
+            busiest of the three; ``None`` where there is no server.
+        staleness: how many gradients were so many updates stale, the updates between their pull and their push. Of
+            HPSGD, whose weights change once a round: the gradients of the round that was under way.
         deaths: of workers.
     """
 
@@ -35,7 +36,7 @@ class Outcome:
     seconds: float
     computing: float
     efficiency: float
-    server_load: float = 0.0
+    server_load: float | None = None
     staleness: Counter[int] = field(default_factory=Counter)
     deaths: int = 0
 

@@ -6,8 +6,9 @@ import heapq
 import itertools
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
+from lightning_stale import events
 from lightning_stale.coordinator.coordinator import Coordinator
 from lightning_stale.coordinator.leases import EpochLeases, Grant, Plan
 from lightning_stale.coordinator.messages import (
@@ -24,9 +25,10 @@ from lightning_stale.coordinator.messages import (
     Request,
     RoundOver,
 )
+from lightning_stale.simulation.averaging import run_averaging
 from lightning_stale.simulation.cluster import FREE, Cluster
 from lightning_stale.simulation.outcome import Outcome
-from lightning_stale.simulation.setting import Setting
+from lightning_stale.simulation.setting import AveragingSetting, Setting
 from lightning_stale.simulation.step_times import StepTimes
 
 # What happens to a worker. At equal times, workers come in their order, and each in this one.
@@ -38,15 +40,16 @@ RETURNS = 4
 
 
 def run(
-    setting: Setting,
+    setting: Setting | AveragingSetting,
     times: StepTimes,
     cluster: Cluster = FREE,
     *,
     steps: int | None = None,
     epochs: int = 1,
     seed: int = 0,
+    record: Callable[[events.Event], None] | None = None,
 ) -> Outcome:
-    """Simulate a run of ``StaleSyncStrategy``: its coordinator, paradigm and leases are the real ones.
+    """Simulate a run of ``StaleSyncStrategy``: its coordinator, paradigm and leases are the real ones. Or of HPSGD.
 
     Every epoch has ``steps`` batches per worker. With shards, each worker trains its own; on demand, whoever is free
     gets the next. At the end of an epoch all meet. Each batch takes as long as the next step of its worker's times.
@@ -55,12 +58,13 @@ def run(
     ends, and begins again from the last checkpoint, as with DDP.
 
     Args:
-        setting: paradigm and data.
+        setting: paradigm and data, or rounds and data.
         times: of the workers.
         cluster: what an exchange costs.
         steps: of each worker in an epoch; those of ``times`` by default.
         epochs: how many.
         seed: of the deaths.
+        record: is told what happens, as the recorder of a real server is; not of HPSGD.
 
     Raises:
         ValueError: if ``steps`` or ``epochs`` is not above zero.
@@ -76,14 +80,23 @@ def run(
     steps = times.steps if steps is None else steps
     if steps < 1 or epochs < 1:
         raise ValueError(f"steps={steps}, epochs={epochs}: write at least one of each")
-    simulated = _Run(setting, times, cluster, steps, epochs, seed)
+    if isinstance(setting, AveragingSetting):
+        return run_averaging(setting, times, cluster, steps, epochs, seed)
+    simulated = _Run(setting, times, cluster, steps, epochs, seed, record)
     simulated.go()
     return simulated.outcome()
 
 
 class _Run:
     def __init__(
-        self, setting: Setting, times: StepTimes, cluster: Cluster, steps: int, epochs: int, seed: int
+        self,
+        setting: Setting,
+        times: StepTimes,
+        cluster: Cluster,
+        steps: int,
+        epochs: int,
+        seed: int,
+        record: Callable[[events.Event], None] | None,
     ) -> None:
         self.setting, self.times, self.cluster, self.seed = setting, times, cluster, seed
         self.steps, self.epochs = steps, epochs
@@ -95,7 +108,11 @@ class _Run:
             self.paradigm,
             leases=EpochLeases(workers, self.paradigm.allows) if self.on_demand else None,
             on_loss="go on" if self.on_demand else "end",
+            record=record or (lambda event: None),
         )
+        self.record = record
+        self.idle_since = [0.0] * workers  # by its own clock
+        self.spent = [(0.0, 0.0)] * workers  # waiting and computing, since its last message
         self.work: list[Iterator[float]] = [itertools.cycle(each) for each in times.of]
         self.events: list[tuple[float, int, int, int]] = []  # time, worker, kind, generation
         self.now = 0.0
@@ -153,7 +170,11 @@ class _Run:
 
     def push(self, worker: int) -> None:
         self.batches += 1
-        self.staleness[self.version - self.pulled[worker]] += 1
+        stale = self.version - self.pulled[worker]
+        self.staleness[stale] += 1
+        if self.record is not None:
+            self.record(events.Spent(self.now, worker, *self.spent[worker]))
+            self.record(events.Pushed(self.now, worker, stale))
         if not self.paradigm.averages:
             self.version += 1
         leases = (self.lease[worker],) if self.on_demand else ()
@@ -192,6 +213,8 @@ class _Run:
             self.left[worker] -= 1
         seconds = next(self.work[worker])
         self.computed += seconds
+        self.spent[worker] = begins - self.idle_since[worker], seconds
+        self.idle_since[worker] = begins + seconds
         self._later(begins + seconds + self.cluster.one_way_s, worker, PUSHES)
 
     def next_epoch(self) -> None:

@@ -1,4 +1,4 @@
-"""A paradigm with its thresholds, and how it gets its data: what the simulator compares, and how to write it."""
+"""A paradigm with its thresholds, or rounds of HPSGD, and how data is shared: what is compared, and how to write it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Literal
 from lightning_stale.paradigms import ASP, BSP, DSSP, SSP, BoundedDelay, Paradigm
 
 Data = Literal["shards", "on-demand"]
+Interval = int | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,9 @@ class Setting:
             >>> setting.make(), setting.data
             (DSSP(lower=3, upper=15, enforce_upper=True), 'on-demand')
         """
-        given, _, where = text.partition("@")
-        name, *values = given.strip().lower().split(":")
-        data: Data
-        if where in ("", "shards"):
-            data = "shards"
-        elif where == "on-demand":
-            data = "on-demand"
-        else:
-            raise ValueError(f"{text!r}: after @ write shards or on-demand")
+        name, values, data = _take_apart(text)
         if name == "bounded-delay":
+            given, _, where = text.partition("@")
             if where == "shards":
                 raise ValueError(f"{text!r}: bounded-delay bounds what is handed out: write {given}, without @shards")
             data = "on-demand"
@@ -57,10 +51,56 @@ class Setting:
             make()
         except (ValueError, TypeError) as error:
             raise ValueError(
-                f"setting {text!r}: {error}. Write one of bsp, asp, ssp:3, dssp:3:15, bounded-delay:8, "
-                "bounded-delay:auto, with @on-demand after the first four for data on demand"
+                f"setting {text!r}: {error}. Write one of bsp, asp, ssp:3, dssp:3:15, hpsgd, hpsgd:4, bounded-delay:8, "
+                "bounded-delay:auto, with @on-demand after all but the last two for data on demand"
             ) from None
         return Setting(text, make, data)
+
+
+@dataclass(frozen=True)
+class AveragingSetting:
+    """One line of the comparison: HPSGD.
+
+    Args:
+        name: as it is written: ``"hpsgd"``, ``"hpsgd:4@on-demand"``.
+        interval: steps of a round, or ``"auto"``: as many as an exchange takes.
+        data: ``"shards"`` or ``"on-demand"``.
+    """
+
+    name: str
+    interval: Interval
+    data: Data
+
+
+def parse_setting(text: str) -> Setting | AveragingSetting:
+    """Return the setting that ``text`` names, be it of a paradigm or of HPSGD.
+
+    Raises:
+        ValueError: if it names none, with what to write.
+
+    Example::
+
+        >>> from lightning_stale.simulation import parse_setting
+        >>> parse_setting("hpsgd:4@on-demand")
+        AveragingSetting(name='hpsgd:4@on-demand', interval=4, data='on-demand')
+    """
+    name, values, data = _take_apart(text)
+    if name != "hpsgd":
+        return Setting.parse(text)
+    [interval] = values or ["auto"] if len(values) < 2 else [":".join(values)]
+    if interval == "auto":
+        return AveragingSetting(text, "auto", data)
+    if not interval.isdigit() or int(interval) < 1:
+        raise ValueError(f"setting {text!r}: write hpsgd, or with a number of steps a round, e.g. hpsgd:4")
+    return AveragingSetting(text, int(interval), data)
+
+
+def _take_apart(text: str) -> tuple[str, list[str], Data]:
+    given, _, where = text.partition("@")
+    name, *values = given.strip().lower().split(":")
+    if where not in ("", "shards", "on-demand"):
+        raise ValueError(f"{text!r}: after @ write shards or on-demand")
+    return name, values, "on-demand" if where == "on-demand" else "shards"
 
 
 def _maker(name: str, values: list[str]) -> Callable[[], Paradigm]:
@@ -86,7 +126,7 @@ def _maker(name: str, values: list[str]) -> Callable[[], Paradigm]:
     raise ValueError("is unknown")
 
 
-def usual(workers: int) -> list[Setting]:
+def usual(workers: int) -> list[Setting | AveragingSetting]:
     """Return what is compared if nothing else is asked for.
 
     Example::
@@ -95,6 +135,6 @@ def usual(workers: int) -> list[Setting]:
         >>> [setting.name for setting in usual(4)][-3:]
         ['bounded-delay:4', 'bounded-delay:8', 'bounded-delay:auto']
     """
-    names = ["bsp", "ssp:3", "dssp:3:15", "asp", "ssp:3@on-demand", "asp@on-demand"]
+    names = ["bsp", "ssp:3", "dssp:3:15", "asp", "hpsgd", "ssp:3@on-demand", "asp@on-demand", "hpsgd@on-demand"]
     names += [f"bounded-delay:{workers}", f"bounded-delay:{2 * workers}", "bounded-delay:auto"]
-    return [Setting.parse(name) for name in names]
+    return [parse_setting(name) for name in names]

@@ -15,10 +15,10 @@ class StepTimes:
 
     Args:
         name: what they are of, for titles.
-        of: for each worker, its steps in order. All have equally many.
+        of: for each worker, its steps in order. One that was faster may have more.
 
     Raises:
-        ValueError: if there is no worker, one has no or another number of steps, or a time is not above zero.
+        ValueError: if there is no worker, one has no steps, or a time is not above zero.
 
     Example::
 
@@ -32,14 +32,11 @@ class StepTimes:
     of: tuple[tuple[float, ...], ...]
 
     def __post_init__(self) -> None:
-        if not self.of or not self.of[0]:
+        if not self.of:
             raise ValueError(f"{self.name}: there are no step times; write at least one per worker")
         for worker, each in enumerate(self.of):
-            if len(each) != len(self.of[0]):
-                raise ValueError(
-                    f"{self.name}: worker {worker} has {len(each)} steps, worker 0 has {len(self.of[0])}: keep those "
-                    "that all workers have"
-                )
+            if not each:
+                raise ValueError(f"{self.name}: there are no step times of worker {worker}; write at least one")
             wrong = next((time for time in each if not 0 < time < math.inf), None)
             if wrong is not None:
                 raise ValueError(f"{self.name}: worker {worker} has a step of {wrong} s: write seconds above zero")
@@ -51,8 +48,8 @@ class StepTimes:
 
     @property
     def steps(self) -> int:
-        """How many each has."""
-        return len(self.of[0])
+        """How many each has, at least."""
+        return min(map(len, self.of))
 
     @property
     def own_rates(self) -> float:

@@ -7,6 +7,7 @@ here. Each runs on one CPU device, whatever it asks for; the five lines run as a
 from __future__ import annotations
 
 import ast
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_stale import DSPStrategy
-from tests.integration.harness import run_script
+from tests.integration.harness import ROOT, run_script
 from tests.integration.models import TRAINER, assert_same, trainer, weights
 from tests.pages import PAGES, Snippet, named, snippets
 
@@ -50,9 +51,11 @@ def quiet(**options: Any) -> L.Trainer:
 
 
 @pytest.fixture
-def readers_own(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def readers_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     """What a snippet finds where it begins."""
     monkeypatch.setattr(L, "Trainer", quiet)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
     data = TensorDataset(torch.randn(64, 8), torch.randn(64, 1))
     datamodule = L.LightningDataModule.from_datasets(data, batch_size=64 // BATCHES)
     return {"__name__": "page", "Model": Dropping, "model": Dropping(), "data": data, "datamodule": datamodule}

@@ -22,6 +22,7 @@ from benchmarks import pages
 from docs.docstrings import as_markdown
 from lightning_stale.__main__ import main as lightning_stale_main
 from lightning_stale.simulation.command import add_arguments
+from lightning_stale.simulation.pipeline import command as pipeline_command
 from recipes import schemas  # noqa: F401 - of the configs
 from tests.pages import PAGES, ROOT, Snippet, anchors, commands, links, snippets
 
@@ -63,6 +64,10 @@ def check_command(words: list[str], folder: Path) -> None:
         case ["python", "-m", "lightning_stale", "run", "--max-restarts", count, script, *_]:
             assert count.isdigit()
             assert script == "train.py", "the reader's"
+        case ["python", "-m", "lightning_stale", "simulate", "pipeline", *arguments]:
+            parser = argparse.ArgumentParser(exit_on_error=False)
+            pipeline_command.add_arguments(parser)
+            parser.parse_args(arguments)
         case ["python", "-m", "lightning_stale", "simulate", *arguments]:
             parser = argparse.ArgumentParser(exit_on_error=False)
             add_arguments(parser)

@@ -64,10 +64,15 @@ PURE = [
     "paradigms",
     "events",
     "failures",
-    *(f"coordinator.{name}" for name in ("coordinator", "membership", "meetings", "leases", "messages")),
+    *(
+        f"coordinator.{name}"
+        for name in ("coordinator", "membership", "meetings", "leases", "round_leases", "messages")
+    ),
     "pipeline.schedule",
     "pipeline.staleness",
     *(f"simulation.{name}" for name in ("run", "ddp", "cluster", "step_times", "outcome", "setting", "choice")),
+    *(f"simulation.pipeline.{name}" for name in ("channel", "engine", "run", "setting", "stage_times", "outcome")),
+    *(f"simulation.{name}" for name in ("averaging", "recorded", "pipeline.choice")),
 ]
 """Modules and packages of decisions: no socket, no clock, no thread, no torch."""
 PURE_STANDARD = {

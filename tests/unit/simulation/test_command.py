@@ -61,7 +61,7 @@ def test_a_log_may_be_compressed_and_of_one_job(tmp_path: Path) -> None:
         ("worker,step,compute_s\n0,1,fast\n", {}, r"steps\.csv:2: compute_s='fast' is no number of seconds"),
         ("worker,step,compute_s\n0,1,0\n", {}, r"worker 0 has a step of 0\.0 s: write seconds above zero"),
         ("worker,step,compute_s\n0,1,nan\n", {}, r"worker 0 has a step of"),
-        ("worker,step,compute_s\n0,1,1\n1,2,1\n", {}, r"there are no step times"),
+        ("worker,step,compute_s\n0,1,1\n1,2,1\n", {}, r"there are no step times of worker 0"),
     ],
 )
 def test_a_log_that_cannot_be_read_is_refused(tmp_path: Path, text: str, options: dict[str, Any], error: str) -> None:

@@ -24,7 +24,7 @@ def test_the_page_shows_what_is_printed(
         rows = [(worker, step, time) for worker, each in times for step, time in enumerate(each)]
         csv.writer(file).writerows([("worker", "step", "compute_s"), *rows])
     blocks = [snippet for snippet in snippets() if snippet.page == PAGE and snippet.language in ("bash", "text")]
-    assert [block.language for block in blocks] == ["bash", "text"] * 2
+    assert [block.language for block in blocks] == ["bash", "text"] * 3
     for command, printed in zip(blocks[::2], blocks[1::2], strict=True):
         [line] = commands(command)
         assert main(shlex.split(line)[4:]) == 0
