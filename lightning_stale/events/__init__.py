@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning_stale.events.kinds import (
     Committed,
+    Elapsed,
     Event,
     Exchanged,
     Failed,
@@ -12,20 +13,24 @@ from lightning_stale.events.kinds import (
     Left,
     Met,
     Pushed,
+    Received,
     Refused,
     Released,
     RoundEnded,
+    Sent,
     Spent,
     StageRan,
     Stepped,
     TakenBack,
     ThresholdsSet,
+    Travels,
     Updated,
 )
 from lightning_stale.events.recorder import Reader, Recorder
 
 __all__ = [
     "Committed",
+    "Elapsed",
     "Event",
     "Exchanged",
     "Failed",
@@ -35,14 +40,17 @@ __all__ = [
     "Met",
     "Pushed",
     "Reader",
+    "Received",
     "Recorder",
     "Refused",
     "Released",
     "RoundEnded",
+    "Sent",
     "Spent",
     "StageRan",
     "Stepped",
     "TakenBack",
     "ThresholdsSet",
+    "Travels",
     "Updated",
 ]

@@ -429,7 +429,7 @@ def test_callbacks_loggers_and_what_follows_fit_equal_the_plain_trainer(tmp_path
 
 WORKER_KEYS = {
     *("rank", "pushes", "refused", "max_lead", "mean_lead", "max_staleness", "mean_staleness"),
-    *("wait_s", "compute_s"),
+    *("wait_s", "compute_s", "leases", "taken_back", "leads", "staleness"),
 }
 
 
