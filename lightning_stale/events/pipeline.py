@@ -19,6 +19,18 @@ class OfStage:
     received: dict[Travels, int] = field(default_factory=lambda: {"features": 0, "gradients": 0})
     queued: dict[Travels, int] = field(default_factory=lambda: {"features": 0, "gradients": 0})  # found, in all
 
+    def note(self, event: StageRan | Received | Sent) -> None:
+        """Take ``event`` into account."""
+        match event:
+            case StageRan():
+                self.busy_s += event.busy_s if event.work != "evaluation" else 0.0
+            case Received():
+                self.wait_s[event.what] += event.wait_s
+                self.received[event.what] += 1
+                self.queued[event.what] += event.queued
+            case Sent():
+                self.wait_to_send_s += event.wait_s
+
     def summary(self, elapsed_s: float) -> dict[str, Any]:
         """Return what the row of ``DSPStrategy.summary()`` has of it.
 
@@ -34,6 +46,20 @@ class OfStage:
             "features_queued": self.mean_queue("features"),
             "gradients_queued": self.mean_queue("gradients"),
         }
+
+    def numbers(self) -> list[float]:
+        """Return all of them: seconds busy, and waiting for features, gradients and to send; received and queued."""
+        wait_s, received, queued = self.wait_s, self.received, self.queued
+        return [
+            self.busy_s,
+            wait_s["features"],
+            wait_s["gradients"],
+            self.wait_to_send_s,
+            received["features"],
+            queued["features"],
+            received["gradients"],
+            queued["gradients"],
+        ]
 
     def mean_queue(self, what: Travels) -> float | None:
         """Return how many messages it found waiting on average; ``None`` if it receives none of ``what``."""
@@ -59,28 +85,20 @@ class StageCounts:
 
     def __init__(self) -> None:
         self.stages: dict[int, OfStage] = {}
+        self.total = OfStage()
+        """Of all stages of this rank."""
         self.elapsed_s = 0.0
         """How long this rank has trained, up to the last meeting."""
 
     def note(self, event: Event) -> None:
         """See :class:`~lightning_stale.events.recorder.Reader`."""
-        match event:
-            case StageRan() if event.work != "evaluation":
-                self._of(event.stage).busy_s += event.busy_s
-            case Received():
-                stage = self._of(event.stage)
-                stage.wait_s[event.what] += event.wait_s
-                stage.received[event.what] += 1
-                stage.queued[event.what] += event.queued
-            case Sent():
-                self._of(event.stage).wait_to_send_s += event.wait_s
-            case Elapsed():
-                self.elapsed_s += event.elapsed_s
-
-    def _of(self, stage: int) -> OfStage:
-        if stage not in self.stages:
-            self.stages[stage] = OfStage()
-        return self.stages[stage]
+        if isinstance(event, Elapsed):
+            self.elapsed_s += event.elapsed_s
+        elif isinstance(event, (StageRan, Received, Sent)):
+            if event.stage not in self.stages:
+                self.stages[event.stage] = OfStage()
+            self.stages[event.stage].note(event)
+            self.total.note(event)
 
     def summary(self) -> dict[int, dict[str, Any]]:
         """Return what the rows of ``DSPStrategy.summary()`` have of this rank's stages, by stage."""

@@ -142,6 +142,16 @@ def saves_now(callback: Callback, trainer: Trainer) -> bool:
     return steps >= 1 and trainer.global_step % steps == 0
 
 
+def logs_now(trainer: Trainer) -> bool:
+    """Whether what is logged in this training batch is written: every ``log_every_n_steps``, once a step is complete.
+
+    As ``_LoggerConnector.update_train_step_metrics`` decides, of Lightning 2.6.
+    """
+    accumulates = trainer.fit_loop._should_accumulate() and trainer.lightning_module.automatic_optimization
+    writes = trainer._logger_connector.should_update_logs or trainer.fast_dev_run  # type: ignore[attr-defined]
+    return bool(writes and not accumulates)
+
+
 def logs_in(trainer: Trainer, hooks: Sequence[str]) -> bool:
     """Whether one of ``hooks`` has logged something in this epoch."""
     return any(key.startswith(f"{hook}.") for key in trainer._results or () for hook in hooks)

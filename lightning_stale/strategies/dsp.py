@@ -195,7 +195,7 @@ class DSPStrategy(StaleStrategy):
         self._running = RunningPipeline(
             trainer, assembly, stages, same, self._step_with_gradients, connection, self._recorder.record
         )
-        self._summary = {"staleness": staleness.m, "stages": assembly.rows()}
+        self._summary = {"staleness": staleness.m, "stages": of_all_ranks(assembly.rows(), [])}
         self._undo_setup.append(self._running.replace_forward(module, owner))
         if self.world_size > 1:
             assert self._divided is not None
@@ -370,13 +370,12 @@ class DSPStrategy(StaleStrategy):
         """Return what was counted, on every rank, as of the last meeting point.
 
         Returns:
-            ``{"staleness": m, "stages": [...]}``, a dict per stage: ``stage``, ``parameters``, and from the first meeting
-            point of ``fit`` on ``busy_s`` (seconds of forwards and backwards in training), ``utilisation`` (their share
-            of the time in which its rank has trained, drains included, 0..1), ``wait_features_s`` and
-            ``wait_gradients_s`` (seconds until the neighbour's had come), ``wait_to_send_s`` (seconds to pass its own
-            on: the queue there may be full), ``features_queued`` and ``gradients_queued`` (how many it found waiting,
-            on average; ``None`` where it gets none, or from a stage of the same process). On GPUs the seconds are
-            those in which the CPU was kept.
+            ``{"staleness": m, "stages": [...]}``, a dict per stage: ``stage``, ``parameters``, ``busy_s`` (seconds of
+            forwards and backwards in training), ``utilisation`` (their share of the time in which its rank has trained,
+            drains included, 0..1), ``wait_features_s`` and ``wait_gradients_s`` (seconds until the neighbour's had
+            come), ``wait_to_send_s`` (seconds to pass its own on: the queue there may be full), ``features_queued`` and
+            ``gradients_queued`` (how many it found waiting, on average; ``None`` where it receives none: the features
+            of a stage in the same process are at hand). On GPUs the seconds are those in which the CPU was kept.
         """
         return self._summary
 
