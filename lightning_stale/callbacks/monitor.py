@@ -108,7 +108,8 @@ class StalenessMonitor(Callback):
             return
         summary, meter = _strategy(trainer).summary(), self._require_meter()
         values = {f"staleness/all/{name}": value for name, value in meter.of_all(summary).items()}
-        pl_module.log_dict(values, on_step=False, on_epoch=True, batch_size=1, rank_zero_only=True)
+        # nothing is reduced with rank_zero_only; without sync_dist, Lightning would recommend it for each of them
+        pl_module.log_dict(values, on_step=False, on_epoch=True, batch_size=1, sync_dist=True, rank_zero_only=True)
         histograms = {f"staleness/all/{name}": counts for name, counts in meter.histograms(summary).items()}
         log_histograms(trainer.loggers, histograms, trainer.global_step)
 
@@ -144,7 +145,7 @@ def _show_line(trainer: Trainer, meter: Meter) -> Callable[[], object]:
 
     def get_metrics(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         line = meter.line()
-        return {**shown(trainer, pl_module), **({"staleness": line} if line else {})}
+        return {**shown(trainer, pl_module), **({"stale": line} if line else {})}
 
     return of_lightning.replace(bar, "get_metrics", get_metrics)
 

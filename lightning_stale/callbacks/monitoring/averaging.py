@@ -71,7 +71,7 @@ class AveragingMeter(Meter):
     def line(self) -> str:
         if not self._rounds:
             return ""
-        return f"{self._rounds['steps_per_round']:.1f} steps a round, {percent(self._rounds['hidden'])} hidden"
+        return f"{self._rounds['steps_per_round']:.1f} steps/round, {percent(self._rounds['hidden'])} hidden"
 
 
 def _hidden(wait_s: float, exchange_s: float) -> float:

@@ -52,8 +52,9 @@ def _to_tensorboard(logger: Any, name: str, counts: Mapping[int, int], step: int
 def _to_wandb(logger: Any, name: str, counts: Mapping[int, int], step: int) -> None:
     histogram: Any = importlib.import_module("wandb").Histogram
     starts, times = bins(counts)
-    starts, times = starts[:_MOST_BINS], [*times[: _MOST_BINS - 1], sum(times[_MOST_BINS - 1 :])]
-    edges = [*starts, max(counts) + width(max(counts))]
+    edges = [*starts[:_MOST_BINS], starts[-1] + width(starts[-1])]
+    if len(times) > _MOST_BINS:
+        times = [*times[: _MOST_BINS - 1], sum(times[_MOST_BINS - 1 :])]
     values = {name: histogram(np_histogram=(times, edges)), "trainer/global_step": step}
     logger.experiment.log(values)
 

@@ -63,5 +63,5 @@ class PipelineMeter(Meter):
     def line(self) -> str:
         if self._spent_s > 0:
             busy_s, *waits_s = self._sums[:4]
-            self._line = f"computes {percent(busy_s / self._spent_s)}, waits {percent(sum(waits_s) / self._spent_s)}"
+            self._line = f"busy {percent(busy_s / self._spent_s)}, wait {percent(sum(waits_s) / self._spent_s)}"
         return self._line

@@ -90,7 +90,7 @@ class StaleSyncMeter(Meter):
         last = self._last
         if last is None:
             return ""
-        return f"lead {last.lead}, gradient {last.staleness}, waits {percent(share(last.wait_s, last.compute_s))}"
+        return f"lead {last.lead}, late {last.staleness}, wait {percent(share(last.wait_s, last.compute_s))}"
 
     def histograms(self, summary: Mapping[str, Any]) -> Histograms:
         workers = summary["workers"]
