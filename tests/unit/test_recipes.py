@@ -58,7 +58,7 @@ def a_run(folder: Path, overrides: list[str], results: dict | None) -> None:
     (folder / ".hydra" / "overrides.yaml").write_text(json.dumps(overrides))
     if results is not None:
         (folder / "results.json").write_text(json.dumps(results))
-        (folder / "curve.json").write_text("[[1.0, 0.5], [2.5, 0.75]]")
+        (folder / "curve.json").write_text("[[1.0, 500, 0.5], [2.5, 1000, 0.75]]")
 
 
 def test_runs_are_named_by_what_differs(tmp_path: Path) -> None:
