@@ -25,17 +25,19 @@ class StalenessMonitor(Callback):
     With every strategy of this package. Logged through Lightning's own ``log``, **of this worker** whenever the Trainer
     logs (``log_every_n_steps``), as means over the batches since, on the rank that the logger belongs to:
 
-    - ``staleness/samples_per_s``: loading not counted; where Lightning can tell the size of a batch;
+    - ``staleness/samples_per_s``: loading not counted; where Lightning can tell the size of a batch, which that of the
+      last one is taken to be;
     - with a parameter server: ``staleness/lead`` (clocks ahead of the slowest worker, at the OK),
       ``staleness/gradient`` (updates between pull and push), ``staleness/wait_share`` (of the time, 0..1),
       ``staleness/leases`` (held now; where batches are handed out), ``staleness/refused`` (share of pushes that the
-      apply rule let go; with a rule other than ``"plain"``), and the thresholds in force: ``staleness/threshold``, or
-      ``lower`` and ``upper``, or ``delay``, where they adapt as of the last meeting point;
+      apply rule let go; with a rule other than ``"plain"``), and once an epoch and when they change, the thresholds in
+      force: ``staleness/threshold``, or ``lower`` and ``upper``, or ``delay``, where they adapt as of the last meeting
+      point;
     - with HPSGD: ``staleness/steps_per_round`` and ``staleness/hidden`` (share of the exchange in which the worker
       trained, 0..1) of the last rounds, and ``staleness/wait_share``;
-    - with DSP: ``staleness/utilisation`` of this rank's stages together, ``staleness/wait_features``,
-      ``wait_gradients`` and ``wait_to_send``, all shares of the time, 0..1, and ``staleness/features_queued`` and
-      ``gradients_queued`` (how many it found waiting, between processes).
+    - with DSP: ``staleness/utilisation`` of this rank's stages together, ``staleness/wait_features`` and
+      ``wait_gradients``, all shares of the time, 0..1, and ``staleness/features_queued`` and ``gradients_queued`` (how
+      many it found waiting); of those that it receives.
 
     **Of all together** at the end of each epoch, on rank 0, from ``strategy.summary()``, of the fit so far, under
     ``staleness/all/...``:
@@ -71,11 +73,14 @@ class StalenessMonitor(Callback):
         self.save_summary = save_summary
         self._meter: Meter | None = None
         self._started = 0.0
+        self._logged: tuple[str, ...] = ()  # in the last batch
+        self._conditions: tuple[int, dict[str, float]] = (-1, {})
         self._undo: Callable[[], object] = lambda: None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that there is something to show, and have a line in the progress bar."""
         self._meter = meter = meter_of(trainer.strategy)
+        self._logged, self._conditions = (), (-1, {})
         if meter is None:
             raise MisconfigurationException(
                 f"StalenessMonitor shows who waits and how stale gradients are, and {type(trainer.strategy).__name__} "
@@ -87,6 +92,9 @@ class StalenessMonitor(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note when the step began."""
+        if self._logged:
+            of_lightning.pass_over_logged(trainer, self._logged)
+            self._logged = ()
         self._require_meter().begin_batch()
         self._started = time.perf_counter()
 
@@ -95,12 +103,19 @@ class StalenessMonitor(Callback):
     ) -> None:
         """Note what this worker knows, and log it where the Trainer logs."""
         meter = self._require_meter()
-        meter.end_batch(_size(batch), time.perf_counter() - self._started)
+        meter.end_batch(time.perf_counter() - self._started)
         if of_lightning.logs_now(trainer):
-            values = meter.of_this_worker()
+            values = meter.of_this_worker(_size(batch))
             if values:
-                values = {f"staleness/{name}": value for name, value in {**values, **meter.conditions()}.items()}
+                values |= self._changed(meter.conditions(), trainer.current_epoch)
+                values = {f"staleness/{name}": value for name, value in values.items()}
                 pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+                self._logged = tuple(values)
+
+    def _changed(self, conditions: dict[str, float], epoch: int) -> dict[str, float]:
+        """Return ``conditions`` if they are others than those logged in this epoch: each log takes its time."""
+        before, self._conditions = self._conditions, (epoch, conditions)
+        return conditions if self._conditions != before else {}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what is known of all; they have just met."""

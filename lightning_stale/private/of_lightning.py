@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -147,9 +147,20 @@ def logs_now(trainer: Trainer) -> bool:
 
     As ``_LoggerConnector.update_train_step_metrics`` decides, of Lightning 2.6.
     """
-    accumulates = trainer.fit_loop._should_accumulate() and trainer.lightning_module.automatic_optimization
     writes = trainer._logger_connector.should_update_logs or trainer.fast_dev_run  # type: ignore[attr-defined]
-    return bool(writes and not accumulates)
+    if not writes:  # mostly: the rest takes longer
+        return False
+    return not (trainer.fit_loop._should_accumulate() and trainer.lightning_module.automatic_optimization)
+
+
+def pass_over_logged(trainer: Trainer, names: Collection[str]) -> None:
+    """Let what was logged under ``names`` with ``on_step`` be written in this batch, and looked at in no later one.
+
+    In each batch, Lightning looks at whatever has been logged in the epoch.
+    """
+    for result in (trainer._results or {}).values():
+        if result.meta.name in names and not result.meta.on_epoch:
+            result.has_reset = True  # until it is logged again
 
 
 def logs_in(trainer: Trainer, hooks: Sequence[str]) -> bool:

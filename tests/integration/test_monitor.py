@@ -98,8 +98,9 @@ def test_bounded_staleness(runs: tuple[Path, dict[str, Any]], name: str) -> None
     mine = of_rank_0(folder, name)
     thresholds = {"dssp": {"lower": 3, "upper": 15}, "bounded-delay": {"delay": 4}}[name]
     assert len(mine) > 0
+    assert {key: mine[0][key] for key in thresholds} == thresholds
+    assert sum(row.keys() >= thresholds.keys() for row in mine) == EPOCHS
     for row in mine:
-        assert {key: row[key] for key in thresholds} == thresholds
         assert row["leases"] <= 1 if name == "bounded-delay" else "leases" not in row
 
 
@@ -134,7 +135,8 @@ def test_a_pipeline(runs: tuple[Path, dict[str, Any]]) -> None:
     assert first["gradients_queued"] is not None
     assert last["wait_features_s"] > 0
     for row in of_rank_0(folder, "dsp"):  # which has the last stage
-        assert row["wait_gradients"] == 0
+        assert "wait_gradients" not in row
+        assert 0 <= row["wait_features"] <= 1
         assert 0 < row["utilisation"] <= 1
         assert "features_queued" in row
 

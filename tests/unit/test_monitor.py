@@ -292,7 +292,14 @@ def test_the_monitor_logs_the_last_ok(clock: SimpleNamespace) -> None:
     assert monitored.monitor._meter.line() == "lead 2, late 3, wait 25%"  # type: ignore[union-attr]
     assert monitored.batch() == {}, "amid a step of several batches"
     strategy._update._client.last_release = release(clock=5)  # type: ignore[union-attr]
-    assert "staleness/samples_per_s" not in monitored.batch(object()), "the size of such a batch is not known"
+    values = monitored.batch(object())
+    assert "staleness/samples_per_s" not in values, "the size of such a batch is not known"
+    assert "staleness/threshold" not in values, "it is as before"
+    client, strategy._update._client = strategy._update._client, None
+    strategy.set_thresholds(threshold=1)
+    client.last_release = release(clock=6)  # type: ignore[union-attr]
+    strategy._update._client = client
+    assert monitored.batch()["staleness/threshold"] == 1.0
 
 
 def test_between_two_logs_are_means(clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,8 +395,6 @@ def test_stages_are_logged(clock: SimpleNamespace) -> None:
     assert values == {
         "staleness/utilisation": 0.5,
         "staleness/wait_features": 0.25,
-        "staleness/wait_gradients": 0.0,
-        "staleness/wait_to_send": 0.125,
         "staleness/features_queued": 0.0,
         "staleness/samples_per_s": 16.0,
     }

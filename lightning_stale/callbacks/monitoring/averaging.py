@@ -33,8 +33,8 @@ class AveragingMeter(Meter):
             self._of, self._at_round = counts, AveragingCounts()
         self._waited_before_s = counts.wait_s
 
-    def end_batch(self, samples: int | None, seconds: float) -> None:
-        super().end_batch(samples, seconds)
+    def end_batch(self, seconds: float) -> None:
+        super().end_batch(seconds)
         counts, before = self._strategy.counts, self._at_round
         self._steps_so_far = counts.steps
         self._wait_s += counts.wait_s - self._waited_before_s

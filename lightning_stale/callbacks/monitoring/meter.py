@@ -16,34 +16,31 @@ class Meter(ABC):
     """Gathers over the batches of this worker; names are those under which it is logged, without ``staleness/``."""
 
     def __init__(self) -> None:
-        self._samples, self._seconds = 0, 0.0  # since they were last asked for
-        self._samples_so_far = self._steps_so_far = 0
-        self._sized = True  # whether it is known how large batches are
+        self._batches, self._seconds = 0, 0.0  # since they were last asked for
+        self._batches_so_far = self._steps_so_far = 0
+        self._batch_size: int | None = None
 
     def begin_batch(self) -> None:  # noqa: B027  # some read what has changed in a batch
         """Called when a batch begins."""
 
-    def end_batch(self, samples: int | None, seconds: float) -> None:
-        """Called when it is over.
+    def end_batch(self, seconds: float) -> None:
+        """Called when it is over, after so many seconds, without those of loading it."""
+        self._batches += 1
+        self._batches_so_far += 1
+        self._seconds += seconds
+
+    def of_this_worker(self, batch_size: int | None) -> dict[str, float]:
+        """Return means over the batches since this was last called; nothing if there is nothing to tell.
 
         Args:
-            samples: in it; ``None`` if that is not known.
-            seconds: that it took, without loading it.
+            batch_size: of the last one, and so of all; ``None`` if that is not known.
         """
-        self._seconds += seconds
-        if samples is None:
-            self._sized = False
-        else:
-            self._samples += samples
-            self._samples_so_far += samples
-
-    def of_this_worker(self) -> dict[str, float]:
-        """Return means over the batches since this was last called; nothing if there is nothing to tell."""
         values = self._of_this_worker()
-        if values and self._sized:
-            values["samples_per_s"] = self._samples / max(self._seconds, _NEVER)
+        self._batch_size = batch_size
+        if values and batch_size is not None:
+            values["samples_per_s"] = self._batches * batch_size / max(self._seconds, _NEVER)
         if values:
-            self._samples, self._seconds = 0, 0.0
+            self._batches, self._seconds = 0, 0.0
         return values
 
     @abstractmethod
@@ -72,9 +69,9 @@ class Meter(ABC):
         Args:
             steps_per_s: of all; each is taken to have as many samples as one of this worker's has had.
         """
-        if not self._sized or self._steps_so_far == 0:
+        if self._batch_size is None or self._steps_so_far == 0:
             return {}
-        return {"samples_per_s": steps_per_s * self._samples_so_far / self._steps_so_far}
+        return {"samples_per_s": steps_per_s * self._batch_size * self._batches_so_far / self._steps_so_far}
 
 
 def share(part: float, rest: float) -> float:

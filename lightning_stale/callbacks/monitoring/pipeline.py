@@ -26,8 +26,8 @@ class PipelineMeter(Meter):
     def begin_batch(self) -> None:
         self._before = self._strategy.counts.total.numbers()
 
-    def end_batch(self, samples: int | None, seconds: float) -> None:
-        super().end_batch(samples, seconds)
+    def end_batch(self, seconds: float) -> None:
+        super().end_batch(seconds)
         now = self._strategy.counts.total.numbers()
         self._sums = [
             total + after - before for total, after, before in zip(self._sums, now, self._before, strict=True)
@@ -38,18 +38,13 @@ class PipelineMeter(Meter):
         spent_s = self._spent_s
         if spent_s <= 0:
             return {}
-        busy_s, features_s, gradients_s, to_send_s, features, features_queued, gradients, gradients_queued = self._sums
+        busy_s, features_s, gradients_s, _, features, features_queued, gradients, gradients_queued = self._sums
         self._sums, self._spent_s = [0.0] * 8, 0.0
-        values = {
-            "utilisation": busy_s / spent_s,
-            "wait_features": features_s / spent_s,
-            "wait_gradients": gradients_s / spent_s,
-            "wait_to_send": to_send_s / spent_s,
-        }
+        values = {"utilisation": busy_s / spent_s}
         if features:
-            values["features_queued"] = features_queued / features
+            values |= {"wait_features": features_s / spent_s, "features_queued": features_queued / features}
         if gradients:
-            values["gradients_queued"] = gradients_queued / gradients
+            values |= {"wait_gradients": gradients_s / spent_s, "gradients_queued": gradients_queued / gradients}
         return values
 
     def of_all(self, summary: Mapping[str, Any]) -> dict[str, float]:

@@ -30,8 +30,8 @@ class StaleSyncMeter(Meter):
         self._oks = self._leads = self._staleness = self._refused = 0
         self._wait_s = self._compute_s = 0.0
 
-    def end_batch(self, samples: int | None, seconds: float) -> None:
-        super().end_batch(samples, seconds)
+    def end_batch(self, seconds: float) -> None:
+        super().end_batch(seconds)
         release = self._strategy.last_release
         if release is None or release is self._last:  # amid a step of several batches
             return
