@@ -145,10 +145,12 @@ def saves_now(callback: Callback, trainer: Trainer) -> bool:
 def logs_now(trainer: Trainer) -> bool:
     """Whether what is logged in this training batch is written: every ``log_every_n_steps``, once a step is complete.
 
-    As ``_LoggerConnector.update_train_step_metrics`` decides, of Lightning 2.6.
+    As ``_LoggerConnector.update_train_step_metrics`` of Lightning 2.6 decides, without the detours of
+    ``should_update_logs``: it is asked after every batch.
     """
-    writes = trainer._logger_connector.should_update_logs or trainer.fast_dev_run  # type: ignore[attr-defined]
-    if not writes:  # mostly: the rest takes longer
+    every, stepped = trainer.log_every_n_steps, trainer.fit_loop.epoch_loop._batches_that_stepped  # type: ignore[attr-defined]
+    writes = every > 0 and ((stepped + 1) % every == 0 or trainer.should_stop)
+    if not (writes or trainer.fast_dev_run):  # type: ignore[attr-defined]
         return False
     return not (trainer.fit_loop._should_accumulate() and trainer.lightning_module.automatic_optimization)
 

@@ -247,7 +247,7 @@ class Monitored:
 
     def __init__(self, strategy: Any, clock: SimpleNamespace, **options: Any) -> None:
         self.clock, self.module, self.monitor = clock, Module(), StalenessMonitor(**options)
-        self.trainer = quiet_trainer(strategy)
+        self.trainer = quiet_trainer(strategy, log_every_n_steps=1)
         self.trainer.strategy._lightning_module = self.module  # type: ignore[assignment]
         self.monitor.setup(self.trainer, self.module, "fit")  # type: ignore[arg-type]
 
@@ -302,17 +302,15 @@ def test_the_monitor_logs_the_last_ok(clock: SimpleNamespace) -> None:
     assert monitored.batch()["staleness/threshold"] == 1.0
 
 
-def test_between_two_logs_are_means(clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_between_two_logs_are_means(clock: SimpleNamespace) -> None:
     strategy = StaleSyncStrategy(paradigm="asp", apply="ringmaster")
     monitored = Monitored(strategy, clock)
-    monitored.trainer.log_every_n_steps = 0
-    monkeypatch.setattr(type(monitored.trainer._logger_connector), "should_update_logs", property(lambda _: logs))
-    logs = False
+    monitored.trainer.log_every_n_steps = 4  # type: ignore[attr-defined]
     for n, applied in enumerate((True, False, False)):
         oks = release(clock=n, lead=n, staleness=2 * n, wait_s=1.0, compute_s=n, applied=applied)
         strategy._update._client = SimpleNamespace(last_release=oks)  # type: ignore[assignment]
         assert monitored.batch() == {}
-    logs = True
+    monitored.trainer.fit_loop.epoch_loop._batches_that_stepped = 3
     strategy._update._client = SimpleNamespace(last_release=release(clock=3))  # type: ignore[assignment]
     values = monitored.batch()
     assert values == {
