@@ -1,4 +1,4 @@
-"""The figures of monitoring.md, of the quickstart's runs: ``make quickstart``, then ``python -m docs.figures.monitoring``."""
+"""The figures of monitoring.md, of the runs of `make quickstart`: ``python -m docs.figures.monitoring``."""
 
 from __future__ import annotations
 
