@@ -35,6 +35,7 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/accuracy.py
 	$(BIN)/python benchmarks/apply_rules.py
 	$(BIN)/python benchmarks/paradigms.py
+	$(BIN)/python benchmarks/monitor.py
 	$(BIN)/python benchmarks/simulation.py
 	$(BIN)/python benchmarks/pages.py
 

@@ -1,4 +1,4 @@
-"""Compare the runs of a multirun: a table, and accuracy over time as a figure.
+"""Compare the runs of a multirun: a table, and accuracy over time and over samples as a figure.
 
 A run is named by the overrides in which it differs from the others.
 
@@ -19,10 +19,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from lightning_stale.plots import Point, accuracy
+
 _MAX_KEYS = 4
-# told apart by the colour-blind too (Okabe and Ito, Color Universal Design), and without colours by their markers
-_COLORS = ("#000000", "#E69F00", "#009E73", "#0072B2", "#CC79A7", "#D55E00", "#56B4E9")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 @dataclass
@@ -31,7 +30,7 @@ class Run:
 
     overrides: dict[str, str]
     results: dict[str, Any] | None
-    curve: list[tuple[float, float]]
+    curve: list[Point]
 
     @classmethod
     def load(cls, folder: Path) -> Run:
@@ -41,7 +40,7 @@ class Run:
         return cls(
             {key: value for key, _, value in (override.partition("=") for override in overrides)},
             json.loads(results.read_text()) if results.exists() else None,
-            json.loads(curve.read_text()) if curve.exists() else [],
+            [Point(*point) for point in json.loads(curve.read_text())] if curve.exists() else [],
         )
 
 
@@ -87,7 +86,7 @@ def _cells(run: Run) -> tuple[str, ...]:
     if run.results is None:
         return ("failed", "", "", "", "", "")
     metrics = run.results["metrics"]
-    time_s = run.curve[-1][0] if run.curve else run.results["seconds"]
+    time_s = run.curve[-1].seconds if run.curve else run.results["seconds"]
     accuracies = (_percent(metrics.get(name)) for name in ("val_accuracy", "test_accuracy"))
     return (f"{time_s:.1f} s", *_waiting(run.results["summary"]), *accuracies)
 
@@ -109,27 +108,6 @@ def _waiting(summary: dict[str, Any] | None) -> tuple[str, str, str]:
     return waiting, f"{lead:.1f} ({max(worker['max_lead'] for worker in workers)})", f"{staleness:.1f}"
 
 
-def draw(runs: dict[str, Run], path: Path) -> None:
-    """Draw accuracy over time."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-    from cycler import cycler
-
-    with plt.rc_context({"font.size": 13, "axes.prop_cycle": cycler(color=_COLORS, marker=_MARKERS)}):
-        figure, axes = plt.subplots(figsize=(5, 3.6), layout="constrained")
-        for name, run in runs.items():
-            if run.curve:
-                seconds, accuracy = zip(*run.curve, strict=True)
-                axes.plot(seconds, [100 * a for a in accuracy], linewidth=2, markersize=6, label=name)
-        axes.set(xlabel="time (s)", ylabel="validation accuracy (%)", xlim=(0, None))
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path, dpi=160)
-
-
 def main() -> None:
     """Read, print, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -138,10 +116,12 @@ def main() -> None:
     arguments = parser.parse_args()
     runs = load_runs(arguments.folder)
     figure = arguments.figure or arguments.folder / "compare.png"
-    draw(runs, figure)
     console = Console()
     console.print(make_table(runs))
-    console.print(f"Accuracy over time: {figure}", soft_wrap=True)
+    curves = {name: run.curve for name, run in runs.items() if run.curve}
+    if curves:
+        accuracy(curves).savefig(figure, dpi=160)
+        console.print(f"Accuracy over time and over samples: {figure}", soft_wrap=True)
 
 
 if __name__ == "__main__":

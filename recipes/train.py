@@ -28,9 +28,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from lightning_stale import hydra_job
+from lightning_stale.callbacks.monitoring.table import summary_table
 from recipes import schemas  # noqa: F401 - of the configs
 from recipes.provenance import save_provenance
-from recipes.report import results_table, strategy_table
+from recipes.report import results_table
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
@@ -68,7 +69,7 @@ def main(config: DictConfig) -> float | None:
     console = Console()
     console.print(results_table(metrics))
     if summary is not None:
-        console.print(strategy_table(summary))
+        console.print(summary_table(summary))
     if trainer.world_size == 1 and "workers" in (summary or {}):
         console.print("One worker, so nothing was stale: write trainer.devices=4 for four.")
     console.print(f"{seconds:.1f} s, the start of the workers included. Everything is in {folder}", soft_wrap=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning_stale.events.kinds import (
     Committed,
+    Elapsed,
     Event,
     Exchanged,
     Failed,
@@ -14,14 +15,17 @@ from lightning_stale.events.kinds import (
     Met,
     Planned,
     Pushed,
+    Received,
     Refused,
     Released,
     RoundEnded,
+    Sent,
     Spent,
     StageRan,
     Stepped,
     TakenBack,
     ThresholdsSet,
+    Travels,
     Turn,
     Updated,
 )
@@ -29,6 +33,7 @@ from lightning_stale.events.recorder import Reader, Recorder
 
 __all__ = [
     "Committed",
+    "Elapsed",
     "Event",
     "Exchanged",
     "Failed",
@@ -40,15 +45,18 @@ __all__ = [
     "Planned",
     "Pushed",
     "Reader",
+    "Received",
     "Recorder",
     "Refused",
     "Released",
     "RoundEnded",
+    "Sent",
     "Spent",
     "StageRan",
     "Stepped",
     "TakenBack",
     "ThresholdsSet",
+    "Travels",
     "Turn",
     "Updated",
 ]

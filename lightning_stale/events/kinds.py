@@ -189,11 +189,48 @@ class RoundEnded(Event):
 # --- pipeline -------------------------------------------------------------------------------------------------------
 
 
+Travels = Literal["features", "gradients"]
+
+
 @dataclass(frozen=True, slots=True)
 class StageRan(Event):
-    """A stage has run the forward or the backward of a batch (counted from the last drain) for ``busy_s`` seconds."""
+    """A stage has run the forward or the backward of a batch (counted from the last drain) for ``busy_s`` seconds.
+
+    Batches that are evaluated are counted by themselves.
+    """
 
     stage: int
     batch: int
-    work: Literal["forward", "backward"]
+    work: Literal["forward", "backward", "evaluation"]
     busy_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Received(Event):
+    """A stage has got what it needs of a training batch, after ``wait_s`` seconds; it found ``queued`` messages there.
+
+    With 0 it had to wait.
+    """
+
+    stage: int
+    batch: int
+    what: Travels
+    wait_s: float
+    queued: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sent(Event):
+    """A stage has passed on something of a training batch, after ``wait_s`` seconds: the queue there may be full."""
+
+    stage: int
+    batch: int
+    what: Travels
+    wait_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Elapsed(Event):
+    """This rank has trained for so many seconds, from its first batch after a meeting to the end of the next one."""
+
+    elapsed_s: float

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lightning_stale.events.histogram import count
 from lightning_stale.events.kinds import (
     Event,
+    Granted,
     Joined,
     Left,
     Pushed,
@@ -22,7 +24,11 @@ from lightning_stale.events.kinds import (
 
 @dataclass
 class WorkerCounts:
-    """Counts of one worker. Leads are those at release; staleness is in updates, times in seconds."""
+    """Counts of one worker. Leads are those at release; staleness is in updates, times in seconds.
+
+    ``leads`` and ``staleness`` say how often each came (:mod:`~lightning_stale.events.histogram`), ``leases`` how many
+    batches were handed out to it, and ``taken_back`` how many of those went to others.
+    """
 
     rank: int
     pushes: int = 0
@@ -34,6 +40,13 @@ class WorkerCounts:
     wait_s: float = 0.0
     compute_s: float = 0.0
     refused: int = 0
+    leases: int = 0
+    taken_back: int = 0
+    leads: dict[int, int] = field(default_factory=dict)
+    staleness: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.leads, self.staleness = dict(self.leads), dict(self.staleness)  # not those of a checkpoint
 
     def summary(self) -> dict[str, Any]:
         """Return the row of ``StaleSyncStrategy.summary()``."""
@@ -47,6 +60,10 @@ class WorkerCounts:
             "mean_staleness": self.total_staleness / max(1, self.pushes),
             "wait_s": self.wait_s,
             "compute_s": self.compute_s,
+            "leases": self.leases,
+            "taken_back": self.taken_back,
+            "leads": dict(sorted(self.leads.items())),
+            "staleness": dict(sorted(self.staleness.items())),
         }
 
 
@@ -92,6 +109,7 @@ class StaleSyncCounts:
                 worker.pushes += 1
                 worker.max_staleness = max(worker.max_staleness, event.staleness)
                 worker.total_staleness += event.staleness
+                count(worker.staleness, event.staleness)
             case Refused():
                 self._of(event.worker).refused += 1
             case Released():
@@ -99,6 +117,7 @@ class StaleSyncCounts:
                 worker.releases += 1
                 worker.max_lead = max(worker.max_lead, event.lead)
                 worker.total_lead += event.lead
+                count(worker.leads, event.lead)
                 self.phases[-1].max_lead = max(self.phases[-1].max_lead, event.lead)
             case Spent():
                 self._of(event.worker).wait_s += event.wait_s
@@ -113,8 +132,11 @@ class StaleSyncCounts:
                 self.changes["joins"] += 1
             case Left() if event.lost:
                 self.changes["leaves"] += 1
+            case Granted():
+                self._of(event.worker).leases += 1
             case TakenBack():
                 self.changes["taken_back"] += 1
+                self._of(event.worker).taken_back += 1
 
     def _of(self, rank: int) -> WorkerCounts:
         while len(self.workers) <= rank:  # it has come while the run went on

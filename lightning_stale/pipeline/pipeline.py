@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from lightning_stale import events
 from lightning_stale.pipeline.alike.random_streams import Streams
@@ -86,11 +86,11 @@ class Pipeline:
 
         ``tell``: what the first stage's process says of the batch, for :attr:`told`.
         """
-        return self._through(features, tell, self._batch, lambda stage, h: stage.forward(self._batch, h))
+        return self._through(features, tell, self._batch, "forward", lambda stage, h: stage.forward(self._batch, h))
 
     def evaluate(self, features: Features, tell: bytes = b"") -> Features | None:
         """Run the blocks without a backward to come."""
-        result = self._through(features, tell, self._evaluated, lambda stage, h: stage.evaluate(h))
+        result = self._through(features, tell, self._evaluated, "evaluation", lambda stage, h: stage.evaluate(h))
         self._evaluated += 1
         return result
 
@@ -149,11 +149,22 @@ class Pipeline:
             before.send(self._batch, value.decode("latin-1"))
         return value
 
+    def note_backward(self, started: float) -> None:
+        """Note that the backward of the last stage, which is the loss's, has run since ``started``."""
+        self._note(self._first + len(self.stages) - 1, self._batch, "backward", started)
+
     def _through(
-        self, features: Features, told: bytes, batch: int, run: Callable[[Stage, Features], Features]
+        self,
+        features: Features,
+        told: bytes,
+        batch: int,
+        work: Literal["forward", "evaluation"],
+        run: Callable[[Stage, Features], Features],
     ) -> Features | None:
+        training = work == "forward"
         if self._features_in is not None:
-            features, drawn, said = self._features_in.receive(batch)
+            incoming = self._receive(self._features_in, batch, self._first if training else None, "features")
+            features, drawn, said = incoming
             self._streams.hear(drawn.encode("latin-1"))
             told = said.encode("latin-1")
         self.told = told
@@ -162,10 +173,12 @@ class Pipeline:
                 self._streams.block(k)
                 started = time.perf_counter()
                 features = run(stage, features)
-                self._note(k, batch, "forward", started)
+                self._note(k, batch, work, started)
         if self._features_out is None:
             return features
-        self._features_out.send(batch, (features, self._streams.tell().decode("latin-1"), told.decode("latin-1")))
+        message = (features, self._streams.tell().decode("latin-1"), told.decode("latin-1"))
+        last = self._first + len(self.stages) - 1
+        self._send(self._features_out, batch, message, last if training else None, "features")
         return None
 
     def _backward(self, k: int, batch: int) -> None:
@@ -175,16 +188,32 @@ class Pipeline:
         else:
             source = self._gradients[k + 1]
             assert source is not None
-            incoming = source.receive(batch)
+            incoming = self._receive(source, batch, self._first + k, "gradients")
             started = time.perf_counter()
             gradients = stage.backward(batch, incoming)
             self._note(self._first + k, batch, "backward", started)
         target = self._gradients[k]
         if target is not None:
-            target.send(batch, gradients)
+            self._send(target, batch, gradients, self._first + k, "gradients")
         elif k > 0 or not stage.first:
             raise AssertionError("a stage without a neighbour that is not the first")
 
-    def _note(self, stage: int, batch: int, work: Literal["forward", "backward"], started: float) -> None:
+    def _receive(self, channel: Channel, batch: int, stage: int | None, what: events.Travels) -> Any:
+        """Receive for ``stage``; ``None``: for an evaluation, of which nothing is noted."""
+        queued, started = channel.queued(), time.perf_counter()
+        value = channel.receive(batch)
+        if stage is not None:
+            now = time.perf_counter()
+            self._record(events.Received(now, stage, batch, what, now - started, queued))
+        return value
+
+    def _send(self, channel: Channel, batch: int, value: Any, stage: int | None, what: events.Travels) -> None:
+        started = time.perf_counter()
+        channel.send(batch, value)
+        if stage is not None:
+            now = time.perf_counter()
+            self._record(events.Sent(now, stage, batch, what, now - started))
+
+    def _note(self, stage: int, batch: int, work: Literal["forward", "backward", "evaluation"], started: float) -> None:
         now = time.perf_counter()
         self._record(events.StageRan(now, stage, batch, work, now - started))

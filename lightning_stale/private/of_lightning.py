@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -140,6 +140,29 @@ def saves_now(callback: Callback, trainer: Trainer) -> bool:
     """Whether ``callback`` may save a checkpoint at the end of this training batch."""
     steps = callback._every_n_train_steps if isinstance(callback, ModelCheckpoint) else 0
     return steps >= 1 and trainer.global_step % steps == 0
+
+
+def logs_now(trainer: Trainer) -> bool:
+    """Whether what is logged in this training batch is written: every ``log_every_n_steps``, once a step is complete.
+
+    As ``_LoggerConnector.update_train_step_metrics`` of Lightning 2.6 decides, without the detours of
+    ``should_update_logs``: it is asked after every batch.
+    """
+    every, stepped = trainer.log_every_n_steps, trainer.fit_loop.epoch_loop._batches_that_stepped  # type: ignore[attr-defined]
+    writes = every > 0 and ((stepped + 1) % every == 0 or trainer.should_stop)
+    if not (writes or trainer.fast_dev_run):  # type: ignore[attr-defined]
+        return False
+    return not (trainer.fit_loop._should_accumulate() and trainer.lightning_module.automatic_optimization)
+
+
+def pass_over_logged(trainer: Trainer, names: Collection[str]) -> None:
+    """Let what was logged under ``names`` with ``on_step`` be written in this batch, and looked at in no later one.
+
+    In each batch, Lightning looks at whatever has been logged in the epoch.
+    """
+    for result in (trainer._results or {}).values():
+        if result.meta.name in names and not result.meta.on_epoch:
+            result.has_reset = True  # until it is logged again
 
 
 def logs_in(trainer: Trainer, hooks: Sequence[str]) -> bool:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_stale.events import Recorder
-from lightning_stale.events.pipeline import StageCounts
+from lightning_stale.events.pipeline import StageCounts, of_all_ranks
 from lightning_stale.pipeline.channels.links import Links, stage_mesh
 from lightning_stale.pipeline.clipping import clip_per_block
 from lightning_stale.pipeline.divided.tensors import without_meta
@@ -195,7 +195,7 @@ class DSPStrategy(StaleStrategy):
         self._running = RunningPipeline(
             trainer, assembly, stages, same, self._step_with_gradients, connection, self._recorder.record
         )
-        self._summary = {"staleness": staleness.m, "stages": assembly.rows()}
+        self._summary = {"staleness": staleness.m, "stages": of_all_ranks(assembly.rows(), [])}
         self._undo_setup.append(self._running.replace_forward(module, owner))
         if self.world_size > 1:
             assert self._divided is not None
@@ -301,6 +301,7 @@ class DSPStrategy(StaleStrategy):
         if self._running is not None and self.lightning_module is not None and self.optimizers:
             self._running.drain(self.optimizers[0], self._require_trainer().accumulate_grad_batches)
             super().meet(place)
+            self._note_summary()
 
     def _step_with_gradients(self) -> Any:
         module = self.lightning_module
@@ -348,7 +349,6 @@ class DSPStrategy(StaleStrategy):
         """Drain, which after a trial run (LearningRateFinder) nobody else has done."""
         super().on_train_end()
         self.meet("the end of fit")
-        self._note_summary()
 
     def teardown(self) -> None:
         """End the channels, put the model together again, and give back what has been replaced."""
@@ -361,17 +361,30 @@ class DSPStrategy(StaleStrategy):
         with nullcontext() if self.lightning_module is None else without_meta(self.lightning_module):
             super().teardown()
 
+    @property
+    def counts(self) -> StageCounts:
+        """What is counted of this rank's stages, as of now."""
+        return self._counts
+
     def summary(self) -> dict[str, Any]:
-        """Return ``{"staleness": m, "stages": [{"stage", "parameters", "busy_s"}, ...]}``; times after ``fit``."""
+        """Return what was counted, on every rank, as of the last meeting point.
+
+        Returns:
+            ``{"staleness": m, "stages": [...]}``, a dict per stage: ``stage``, ``parameters``, ``busy_s`` (seconds of
+            forwards and backwards in training), ``utilisation`` (their share of the time in which its rank has trained,
+            drains included, 0..1), ``wait_features_s`` and ``wait_gradients_s`` (seconds until the neighbour's had
+            come), ``wait_to_send_s`` (seconds to pass its own on: the queue there may be full), ``features_queued`` and
+            ``gradients_queued`` (how many it found waiting, on average; ``None`` where it receives none: the features
+            of a stage in the same process are at hand). On GPUs the seconds are those in which the CPU was kept.
+        """
         return self._summary
 
     def _note_summary(self) -> None:
-        busy_s = dict(self._counts.busy_s)
+        mine = self._counts.summary()
+        ranks = [mine]
         if self.world_size > 1:
-            ranks: list[dict[int, float]] = self._collectives.run("gather", lambda: gather_everywhere(busy_s))
-            busy_s = {stage: seconds for rank in ranks for stage, seconds in rank.items()}
-        for row in self._summary["stages"]:
-            row["busy_s"] = busy_s.get(row["stage"], 0.0)
+            ranks = self._collectives.run("gather", lambda: gather_everywhere(mine))
+        self._summary = {**self._summary, "stages": of_all_ranks(self._summary["stages"], ranks)}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(stages={self.stages}, staleness={self.staleness!r}, split={self.split!r})"

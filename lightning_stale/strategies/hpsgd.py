@@ -106,6 +106,11 @@ class HPSGDStrategy(StaleStrategy):
         """
         return self._summary
 
+    @property
+    def counts(self) -> AveragingCounts:
+        """What is counted of this rank, as of now."""
+        return self._counts
+
     # --- training ---------------------------------------------------------------------------------------------------
 
     def _begin(self, run: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -75,7 +76,9 @@ class RunningPipeline:
             self.calls.before_backward()
             loss = precision.pre_backward(loss, module)
             if self.pipeline.has_last:
+                started = time.perf_counter()
                 precision.backward(loss, module, optimizer, *args, **kwargs)
+                self.pipeline.note_backward(started)
             self.pipeline.backward()
             self.draining.note_backward()
             return precision.post_backward(loss, module)

@@ -138,8 +138,10 @@ class StaleSyncStrategy(JoinableStrategy):
             ``fit`` ended; how many workers have joined while it ran, how many were lost, and how many leases of
             batches were taken back from those; a dict per worker: ``rank``, ``pushes``, ``refused`` (those that the
             rule did not apply), ``max_lead`` and ``mean_lead`` (clocks, at release), ``max_staleness`` and
-            ``mean_staleness`` (updates, of all pushes), ``wait_s`` and ``compute_s`` (seconds); and one per setting of
-            the thresholds, see :meth:`set_thresholds`: ``thresholds``, ``since`` (the updates before it) and
+            ``mean_staleness`` (updates, of all pushes), ``wait_s`` and ``compute_s`` (seconds), ``leases`` (how many
+            steps' batches were handed out to it) and ``taken_back`` (how many of these went to others), ``leads`` and
+            ``staleness`` (how often each came; those from 64 on are rounded down, by at most 3 %); and one per setting
+            of the thresholds, see :meth:`set_thresholds`: ``thresholds``, ``since`` (the updates before it) and
             ``max_lead`` of all workers under it.
         """
         self._summary = self._update.summary() or self._summary
@@ -159,6 +161,11 @@ class StaleSyncStrategy(JoinableStrategy):
     def last_release(self) -> Release | None:
         """The last OK of this worker, while ``fit`` runs."""
         return self._update.last_release
+
+    @property
+    def held_leases(self) -> int | None:
+        """How many leases of batches this worker holds, while ``fit`` runs; ``None`` where none are handed out."""
+        return self._update.held_leases
 
     def set_thresholds(self, **thresholds: int) -> None:
         """Change thresholds of the paradigm: those of the next ``fit``, or from now on while it runs.

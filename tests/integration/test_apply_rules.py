@@ -111,8 +111,9 @@ def fit_in_turn(rank: int, folder: Path) -> dict[str, Any]:
         turns = InTurn(folder / name)
         turns.folder.mkdir(exist_ok=True)
         strategy = StaleSyncStrategy(paradigm="asp", transport=transport, apply=make())
-        callbacks = [StalenessMonitor(print_summary=False, prog_bar=False), turns]
-        t = trainer(WORKERS, strategy, max_epochs=1, callbacks=callbacks, use_distributed_sampler=False)
+        callbacks = [StalenessMonitor(print_summary=False, save_summary=False, prog_bar=False), turns]
+        options = {"callbacks": callbacks, "log_every_n_steps": 1, "use_distributed_sampler": False}
+        t = trainer(WORKERS, strategy, max_epochs=1, **options)
         model = Given(rank)
         t.fit(model, numbered(range(ORDER.count(rank)), batch_size=1))
         results[name] = (turns.seen, strategy.summary(), vector([model.first, model.second]))

@@ -15,12 +15,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
-from lightning_stale import HPSGDStrategy, StalenessMonitor, StragglerInjection
+from lightning_stale import HPSGDStrategy, StragglerInjection
 from lightning_stale.averaging import reducer
 from tests.integration import test_bad_input, test_checkpoints, test_failures, test_features, test_invariants
 from tests.integration.harness import run_script, run_workers, workers
@@ -656,13 +655,6 @@ def test_refused_at_construction(options: dict[str, Any], error: type[Exception]
         HPSGDStrategy(**options)
     for text in texts:
         assert text in str(raised.value)
-
-
-def test_the_staleness_monitor_says_that_there_is_nothing_to_show() -> None:
-    monitor = StalenessMonitor()
-    t = trainer(2, "hpsgd", callbacks=[monitor])
-    with pytest.raises(MisconfigurationException, match=r"HPSGDStrategy.*strategy='dssp'.*summary\(\)"):
-        monitor.setup(t, Regression(), "fit")
 
 
 REFUSED = ["synchronized batch norm", "sync_batchnorm", "lazy module", "max_time", "Timer", "param group added"]

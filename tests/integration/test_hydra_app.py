@@ -127,8 +127,9 @@ def test_train_from_any_folder(tmp_path: Path) -> None:
     assert results["metrics"]["test_accuracy"] > 0.5
     assert results["summary"]["paradigm"] == "DSSP(lower=3, upper=9, enforce_upper=True)"
     curve = json.loads((folder / "curve.json").read_text())
-    assert [accuracy for _, accuracy in curve][-1] == results["metrics"]["val_accuracy"]
+    assert curve[-1][2] == results["metrics"]["val_accuracy"]
     assert 0 < curve[0][0] < curve[1][0]
+    assert [samples / curve[0][1] for _, samples, _ in curve] == [1, 2], "an epoch has as many as another"
 
     config = OmegaConf.load(folder / "config.yaml")
     assert (config.trainer.strategy.paradigm.upper, config.output) == (9, str(folder))

@@ -121,7 +121,7 @@ def meet_slow_worker(
         callbacks=[
             Rendezvous(folder, slow, blocks_in, awaits),
             ModelCheckpoint(folder / "checkpoints"),
-            StalenessMonitor(),
+            StalenessMonitor(save_summary=False),
         ],
         logger=CSVLogger(folder / "logs"),
         log_every_n_steps=1,

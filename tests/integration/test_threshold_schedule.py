@@ -30,7 +30,7 @@ BATCHES = 20
 def fit_with_milestones(rank: int, paradigm: Paradigm, milestones: Any) -> dict[str, Any]:
     slow = StragglerInjection(factors={1: 4.0}, probability=0.3, slowdown=4.0, step_s=0.002, seed=5)
     strategy = StaleSyncStrategy(paradigm=paradigm)
-    callbacks = [slow, StalenessMonitor(), ThresholdSchedule(milestones=milestones)]
+    callbacks = [slow, StalenessMonitor(save_summary=False), ThresholdSchedule(milestones=milestones)]
     trainer(3, strategy, max_epochs=3, callbacks=callbacks).fit(Regression(), loader(samples=3 * 8 * BATCHES))
     return {**strategy.summary(), "here": strategy.paradigm.thresholds}
 
@@ -109,7 +109,7 @@ class StalenessByEpoch(L.Callback):
 def fit_with_delays(rank: int, milestones: Any) -> tuple[dict[int, list[int]], dict[str, Any]]:
     slow = StragglerInjection(factors={1: 4.0}, probability=0.3, slowdown=4.0, step_s=0.002, seed=5)
     strategy, staleness = StaleSyncStrategy(paradigm=BoundedDelay(7)), StalenessByEpoch()
-    callbacks = [slow, StalenessMonitor(), staleness, ThresholdSchedule(milestones=milestones)]
+    callbacks = [slow, StalenessMonitor(save_summary=False), staleness, ThresholdSchedule(milestones=milestones)]
     trainer(3, strategy, max_epochs=3, callbacks=callbacks).fit(Regression(), loader(samples=3 * 8 * BATCHES))
     return staleness.seen, {**strategy.summary(), "here": strategy.paradigm.thresholds}
 

@@ -33,7 +33,7 @@ LAYERS = [
     {"paradigms"},
     {"coordinator", "transport", "events", "recording"},
     {"parameter_server", "averaging", "data", "pipeline", "launchers"},
-    {"strategies", "callbacks", "simulation"},
+    {"strategies", "callbacks", "simulation", "plots"},
     {"__main__"},
 ]
 """From below. A package may import those of layers below its own; of its own layer, those that SIBLINGS names."""
@@ -48,7 +48,7 @@ SIBLINGS: dict[tuple[str, str], str] = {
 CYCLE_EXCEPTIONS: dict[tuple[str, str], str] = {}
 """Imports that are left out when cycles are looked for."""
 
-NO_TORCH = {"paradigms", "coordinator", "events", "recording", "simulation"}
+NO_TORCH = {"paradigms", "coordinator", "events", "recording", "simulation", "plots"}
 HEAVY = {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "torchmetrics", "numpy"}
 MAY_IMPORT = {  # of the rest of the world, besides Python's own modules; who is not here may import anything
     "paradigms": set[str](),
@@ -59,6 +59,7 @@ MAY_IMPORT = {  # of the rest of the world, besides Python's own modules; who is
     "coordinator": {"msgpack", "zmq"},
     "recording": {"msgpack"},
     "simulation": {"rich", "matplotlib"},
+    "plots": {"matplotlib"},
 }
 PURE = [
     "paradigms",

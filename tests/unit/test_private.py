@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, Timer, WeightAveraging
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
@@ -315,3 +316,36 @@ def test_a_run_resumes_from_what_it_was_not_told_once(tmp_path: Path) -> None:
         assert trainer.ckpt_path == str(tmp_path / "newest.ckpt")
         trainer._checkpoint_connector.resume_start(tmp_path / "told.ckpt")
         assert trainer.ckpt_path == tmp_path / "told.ckpt", "as LearningRateFinder's own"
+
+
+@pytest.mark.parametrize(("every", "accumulate"), [(1, 1), (3, 1), (2, 2)])
+def test_logs_now_is_true_where_lightning_writes(tmp_path: Path, every: int, accumulate: int) -> None:
+    """Against what a logger is given."""
+    said: list[int] = []
+    written: list[int] = []
+
+    class Noting(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if of_lightning.logs_now(trainer):
+                said.append(batch_idx)
+            pl_module.log("batch", float(batch_idx), on_step=True, on_epoch=False)
+
+    class Written(CSVLogger):
+        def log_metrics(self, metrics: Any, step: Any = None) -> None:
+            written.extend(int(value) for name, value in metrics.items() if name == "batch")
+
+    options = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=1,
+        limit_train_batches=11,
+        limit_val_batches=0,
+        log_every_n_steps=every,
+        accumulate_grad_batches=accumulate,
+        callbacks=[Noting()],
+        logger=Written(tmp_path),
+        **options,  # type: ignore[arg-type]
+    )
+    trainer.fit(BoringModel())
+    assert said == written != []

@@ -14,7 +14,6 @@ from rich.console import Console
 from recipes import schedules, traces
 from recipes.compare import load_runs, make_table
 from recipes.provenance import git_state
-from recipes.report import strategy_table
 from recipes.train import objective
 
 WORKER = {"rank": 0, "pushes": 8, "mean_lead": 1.0, "max_lead": 3, "mean_staleness": 2.0, "max_staleness": 4}
@@ -59,7 +58,7 @@ def a_run(folder: Path, overrides: list[str], results: dict | None) -> None:
     (folder / ".hydra" / "overrides.yaml").write_text(json.dumps(overrides))
     if results is not None:
         (folder / "results.json").write_text(json.dumps(results))
-        (folder / "curve.json").write_text("[[1.0, 0.5], [2.5, 0.75]]")
+        (folder / "curve.json").write_text("[[1.0, 500, 0.5], [2.5, 1000, 0.75]]")
 
 
 def test_runs_are_named_by_what_differs(tmp_path: Path) -> None:
@@ -83,32 +82,3 @@ def test_runs_are_named_by_what_differs(tmp_path: Path) -> None:
 def test_a_folder_without_runs(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="has no runs: name the folder of a multirun"):
         load_runs(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "summary",
-    [
-        {
-            "paradigm": "SSP(threshold=3)",
-            "updates": 8,
-            "phases": [],
-            "workers": [WORKER | {"wait_s": 1.0, "compute_s": 3.0}],
-        },
-        {
-            "paradigm": "HPSGDStrategy(interval='auto', merge='hpsgd')",
-            "updates": 3,
-            "workers": [
-                {"rank": 0, "steps": 8, "rounds": 3, "steps_per_round": 2.7, "hidden": 0.5, "wait_s": 1, "compute_s": 2}
-            ],
-        },
-        {"staleness": (4, 2, 0), "stages": [{"stage": 0, "parameters": 100, "busy_s": 1.5}]},
-        {"staleness": (), "stages": []},
-    ],
-)
-def test_summaries_fit_80_columns(summary: dict) -> None:
-    console = Console(width=80)
-    with console.capture() as captured:
-        console.print(strategy_table(summary))
-    lines = captured.get().splitlines()
-    assert max(map(len, lines)) <= 80
-    assert not any("\u2026" in line for line in lines)

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from lightning_stale.events import Joined, Pushed, Recorder, Released, Spent, ThresholdsSet, Updated
+import random
+
+from lightning_stale.events import (
+    Granted,
+    Joined,
+    Pushed,
+    Recorder,
+    Released,
+    Spent,
+    TakenBack,
+    ThresholdsSet,
+    Updated,
+)
+from lightning_stale.events.histogram import bucket, count, together, width
 from lightning_stale.events.stale_sync import StaleSyncCounts, WorkerCounts
 
 
@@ -17,6 +30,10 @@ def test_nothing_yet() -> None:
         "mean_staleness": 0.0,
         "wait_s": 0.0,
         "compute_s": 0.0,
+        "leases": 0,
+        "taken_back": 0,
+        "leads": {},
+        "staleness": {},
     }
 
 
@@ -35,6 +52,34 @@ def test_means_are_over_releases_and_pushes() -> None:
     assert (summary["pushes"], summary["max_staleness"], summary["mean_staleness"]) == (3, 5, 3.0)
     assert (summary["max_lead"], summary["mean_lead"]) == (4, 2.5)
     assert (summary["wait_s"], summary["compute_s"]) == (2.5, 3.25)
+    assert summary["staleness"] == {0: 1, 4: 1, 5: 1}
+    assert summary["leads"] == {1: 1, 4: 1}
+
+
+def test_leases_are_of_who_was_granted_them() -> None:
+    counts = StaleSyncCounts(2, {})
+    for lease, worker in enumerate((0, 1, 1, 1)):
+        counts.note(Granted(0.0, worker, lease, lease, lease + 1))
+    counts.note(TakenBack(1.0, 1, 3))
+    summary = counts.summary()
+    assert [(worker["leases"], worker["taken_back"]) for worker in summary["workers"]] == [(1, 0), (3, 1)]
+    assert summary["taken_back"] == 1
+
+
+def test_a_histogram_is_exact_where_staleness_usually_is_and_stays_small() -> None:
+    counts: dict[int, int] = {}
+    draw = random.Random(0)
+    values = [*range(64), *(draw.randrange(10**6) for _ in range(20_000))]
+    for value in values:
+        count(counts, value)
+    assert sum(counts.values()) == len(values)
+    assert all(counts[value] >= 1 for value in range(64))
+    assert len(counts) < 64 + 32 * 14
+    for value in values:
+        start = bucket(value)
+        assert start <= value < start + width(start)
+        assert width(start) <= 1 + value / 32
+    assert together([counts, {0: 5}])[0] == counts[0] + 5
 
 
 def test_a_phase_begins_with_other_thresholds_and_has_its_own_lead() -> None:
@@ -61,8 +106,33 @@ def test_state_makes_equal_counts() -> None:
     again = StaleSyncCounts(2, {"threshold": 3})
     again.load_state_dict(counts.state_dict())
     assert again.summary() == counts.summary()
+    assert again.summary()["workers"][1]["leads"] == {3: 1}
     again.note(Released(1.0, 1, lead=9))
     assert counts.summary()["workers"][1]["max_lead"] == 3
+    assert counts.summary()["workers"][1]["leads"] == {3: 1}
+
+
+def test_a_checkpoint_without_histograms_and_leases_is_gone_on_from() -> None:
+    state = StaleSyncCounts(2, {"threshold": 3}).state_dict()
+    for worker in state["workers"]:
+        for name in ("leads", "staleness", "leases", "taken_back"):
+            del worker[name]
+    state["workers"][1] |= {"pushes": 7, "total_staleness": 14}
+    again = StaleSyncCounts(2, {"threshold": 3})
+    again.load_state_dict(state)
+    again.note(Pushed(0.0, 1, staleness=2))
+    worker = again.summary()["workers"][1]
+    assert (worker["pushes"], worker["mean_staleness"], worker["staleness"]) == (8, 2.0, {2: 1})
+
+
+def test_a_loaded_state_is_left_as_it_is() -> None:
+    counts = StaleSyncCounts(1, {})
+    counts.note(Pushed(0.0, 0, staleness=2))
+    state = counts.state_dict()
+    again = StaleSyncCounts(1, {})
+    again.load_state_dict(state)
+    again.note(Pushed(0.0, 0, staleness=2))
+    assert state["workers"][0]["staleness"] == {2: 1}
 
 
 def test_of_another_number_of_workers_only_the_updates_go_on() -> None:

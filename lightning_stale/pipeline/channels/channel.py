@@ -30,6 +30,10 @@ class Channel(ABC):
             ChannelError: if it is not, or the neighbour has ended.
         """
 
+    def queued(self) -> int:
+        """Return how many messages have come and wait to be received."""
+        return 0
+
     def close(self) -> None:  # noqa: B027
         """Send no more than what waits to be sent; receive no more, and let the sender come to its end."""
 
@@ -65,6 +69,9 @@ class MemoryChannel(Channel):
 
     def receive(self, batch: int) -> Any:
         return checked(batch, *self._messages.popleft())
+
+    def queued(self) -> int:
+        return len(self._messages)
 
 
 def end(channels: Iterable[Channel], check: Callable[[], object]) -> None:

@@ -155,6 +155,9 @@ class ReceiveChannel(_ProcessChannel):
             _use_on_current_stream(value, self._device)
             return checked(batch, got, value)
 
+    def queued(self) -> int:
+        return self._inbox.qsize()
+
     def widen(self, length: int) -> None:
         if length > 0:
             self._room.release(length)

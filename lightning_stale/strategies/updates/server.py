@@ -257,6 +257,11 @@ class ServerUpdate(Update):
         """The last OK of this worker, while training runs."""
         return None if self._client is None else self._client.last_release
 
+    @property
+    def held_leases(self) -> int | None:
+        """How many leases of batches this worker holds; ``None`` where none are handed out."""
+        return None if self._batches is None else len(self._batches.leases)
+
     def summary(self) -> dict[str, Any] | None:
         """Return the server's counts, as of now or when it was last asked; ``None`` before training."""
         if self._client is not None and self._client.failure is None:
