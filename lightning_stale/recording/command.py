@@ -39,7 +39,9 @@ def main(arguments: Sequence[str]) -> int:
     except (OSError, UnreadableLogError) as error:
         parser.exit(1, f"{PROGRAM}: {error}\n")
     made = list(updates(events))
+    by_worker = Counter(push.worker for update in made for push in update.pushes)
     print(f"{asked.record}: {header.get('paradigm', header.get('strategy'))}, {_what_was_made(made)}")
+    print(f"(pushes: {', '.join(f'rank {worker} {count}' for worker, count in sorted(by_worker.items()))})")
     if asked.until is not None:
         found = next((update for update in made if update.number == asked.until), None)
         if found is None:
@@ -53,9 +55,7 @@ def main(arguments: Sequence[str]) -> int:
 def _what_was_made(made: Sequence[RecordedUpdate]) -> str:
     if not made:
         return "no updates"
-    by_worker = Counter(push.worker for update in made for push in update.pushes)
-    pushes = ", ".join(f"rank {worker} {count}" for worker, count in sorted(by_worker.items()))
-    return f"updates {made[0].number} to {made[-1].number} in {made[-1].at:.1f} s (pushes: {pushes})"
+    return f"updates {made[0].number} to {made[-1].number} in {made[-1].at:.1f} s"
 
 
 def _run(record: Path, until: int | None, script: Sequence[str]) -> int:

@@ -76,6 +76,10 @@ def check_command(words: list[str], folder: Path) -> None:
             with pytest.raises(SystemExit) as ended:
                 lightning_stale_main(words[3:])
             assert ended.value.code == 1, "its secret cannot be read here; 2 is for arguments that it does not know"
+        case ["python", "-m", "lightning_stale", "replay", *_]:
+            with pytest.raises(SystemExit) as ended:
+                lightning_stale_main(words[3:])
+            assert ended.value.code == 1, "its record cannot be read here; 2 is for arguments that it does not know"
         case ["python", "recipes/compare.py", "outputs/quickstart" | "outputs/2026-01-31/12-00-00"]:
             pass
         case [program, *_] if program in NOT_OURS:
