@@ -159,8 +159,7 @@ def _show_line(trainer: Trainer, meter: Meter) -> Callable[[], object]:
     shown = bar.get_metrics
 
     def get_metrics(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        line = meter.line()
-        return {**shown(trainer, pl_module), **({"stale": line} if line else {})}
+        return {**meter.line(), **shown(trainer, pl_module)}  # the user's own comes first where names are equal
 
     return of_lightning.replace(bar, "get_metrics", get_metrics)
 

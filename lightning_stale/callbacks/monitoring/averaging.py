@@ -68,10 +68,10 @@ class AveragingMeter(Meter):
             ),
         }
 
-    def line(self) -> str:
+    def line(self) -> dict[str, str]:
         if not self._rounds:
-            return ""
-        return f"{self._rounds['steps_per_round']:.1f} steps/round, {percent(self._rounds['hidden'])} hidden"
+            return {}
+        return {"hidden": f"{percent(self._rounds['hidden'])}, {self._rounds['steps_per_round']:.1f} steps"}
 
 
 def _hidden(wait_s: float, exchange_s: float) -> float:

@@ -56,8 +56,8 @@ class Meter(ABC):
         """Return what ``strategy.summary()`` says of all workers or stages."""
 
     @abstractmethod
-    def line(self) -> str:
-        """Return a short line for the progress bar; nothing before there is something to tell."""
+    def line(self) -> dict[str, str]:
+        """Return a short line for the progress bar, a name and a text; nothing before there is something to tell."""
 
     def histograms(self, summary: Mapping[str, Any]) -> Histograms:
         """Return those that ``strategy.summary()`` has of all together."""

@@ -21,7 +21,7 @@ class PipelineMeter(Meter):
         self._strategy = strategy
         self._before = self._sums = [0.0] * 8  # numbers of `OfStage`
         self._spent_s = 0.0
-        self._line = ""
+        self._line: dict[str, str] = {}
 
     def begin_batch(self) -> None:
         self._before = self._strategy.counts.total.numbers()
@@ -55,8 +55,8 @@ class PipelineMeter(Meter):
             if name not in ("stage", "parameters") and value is not None
         }
 
-    def line(self) -> str:
+    def line(self) -> dict[str, str]:
         if self._spent_s > 0:
             busy_s, *waits_s = self._sums[:4]
-            self._line = f"busy {percent(busy_s / self._spent_s)}, wait {percent(sum(waits_s) / self._spent_s)}"
+            self._line = {"busy": f"{percent(busy_s / self._spent_s)}, wait {percent(sum(waits_s) / self._spent_s)}"}
         return self._line

@@ -86,11 +86,11 @@ class StaleSyncMeter(Meter):
             values["taken_back"] = float(summary["taken_back"])
         return values
 
-    def line(self) -> str:
+    def line(self) -> dict[str, str]:
         last = self._last
         if last is None:
-            return ""
-        return f"lead {last.lead}, late {last.staleness}, wait {percent(share(last.wait_s, last.compute_s))}"
+            return {}
+        return {"lead": f"{last.lead}, late {last.staleness}, wait {percent(share(last.wait_s, last.compute_s))}"}
 
     def histograms(self, summary: Mapping[str, Any]) -> Histograms:
         workers = summary["workers"]
