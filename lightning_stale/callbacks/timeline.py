@@ -10,16 +10,22 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_stale.recording.options import free
-from lightning_stale.strategies.stale_sync import StaleSyncStrategy
+from lightning_stale.strategies.base import StaleStrategy
 
 
 class Timeline(Callback):
     """Write what every worker did when, as a file that https://ui.perfetto.dev and ``chrome://tracing`` open.
 
-    A row per worker: what it computed (which batches, where they are handed out), and what it waited for; the staleness
-    of its pushes as a counter. A row of the server: the pushes as they were applied. Arrows lead from a worker to its
-    push, and from a push to whoever got its OK for it. It is written on rank 0's host while training runs, in the clock
-    of the server, so that it needs no other; after a crash it is good up to the crash.
+    With a parameter server: a row per worker: what it computed (which batches, where they are handed out), and what it
+    waited for; the staleness of its pushes as a counter. A row of the server: the pushes as they were applied. Arrows
+    lead from a worker to its push, and from a push to whoever got its OK for it. It is written on rank 0's host while
+    training runs, by the clock of the server; after a crash it is good up to the crash.
+
+    With ``"hpsgd"``: the steps of each worker, and the average that is in flight. With ``"dsp"``: forwards and
+    backwards of each stage, what it waits for, how many messages lie in its queues, and arrows from stage to stage.
+    Each rank writes a file of its own beside it (``timeline.rank3.json``), by the clock of the coordinator as near as
+    the fastest of a few messages tells; when training has ended they are made one, and after a crash they are as they
+    are.
 
     Args:
         path: of the file; ``None``: ``timeline.json`` in the folder of the log. It is never written over: where it
@@ -47,10 +53,10 @@ class Timeline(Callback):
         strategy = trainer.strategy
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        if not isinstance(strategy, StaleSyncStrategy):
+        if not isinstance(strategy, StaleStrategy):
             raise MisconfigurationException(
-                f"Timeline shows who waits for whom at a parameter server, and {type(strategy).__name__} has none: "
-                "write Trainer(strategy='dssp'), or another of its paradigms, or leave it out; torch.profiler "
+                f"Timeline shows who waits for whom, and {type(strategy).__name__} tells it nothing of that: write "
+                "Trainer(strategy='dssp'), or another strategy of lightning_stale, or leave it out; torch.profiler "
                 "has a timeline of one process"
             )
         folder = trainer.log_dir or trainer.default_root_dir

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
@@ -219,7 +220,7 @@ class Service:
                 self.take(peer, "thresholds", lambda: self.tell(m.SetThresholds(*who, message["values"])))
             case "ping":
                 self.note_connections()
-                self.send(peer, "pong")
+                self.send(peer, "pong", now=time.monotonic())
             case "abort":
                 self.note_connections(aborting=peer)  # who was killed comes before those that fail because of it
                 self.take(peer, "abort", lambda: self._abort(peer, message))

@@ -121,6 +121,15 @@ def read(path: Path | str) -> tuple[dict[str, Any], Iterator[Event]]:
     return header, _events(Path(path))
 
 
+def is_record(path: Path | str) -> bool:
+    """Whether the file is a log of events, and no other."""
+    try:
+        read(path)
+    except UnreadableLogError:
+        return False
+    return True
+
+
 def _events(path: Path) -> Iterator[Event]:
     at, size = 0, os.path.getsize(path)
     with path.open("rb") as file:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,11 @@ class TraceFile:
     def close(self) -> None:
         """Write no more."""
         self._file.close()
+
+
+def merge_traces(parts: Sequence[bytes]) -> bytes:
+    """Return one trace of several files of :class:`TraceFile`."""
+    return b"[\n" + b"".join(part.removeprefix(b"[\n") for part in parts)
 
 
 def _line(event: Mapping[str, Any]) -> bytes:

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from lightning_stale.recording.log import is_record, read
 from lightning_stale.simulation.choice import Choice, choose
 from lightning_stale.simulation.cluster import Cluster
 from lightning_stale.simulation.ddp import run_ddp
 from lightning_stale.simulation.log import read_log
 from lightning_stale.simulation.outcome import Outcome
 from lightning_stale.simulation.pipeline import command as pipeline
+from lightning_stale.simulation.recorded import step_times_of
 from lightning_stale.simulation.run import run
 from lightning_stale.simulation.setting import AveragingSetting, Setting, parse_setting, usual
 from lightning_stale.simulation.step_times import StepTimes, draw
@@ -33,9 +36,11 @@ LEGEND = (
 )
 _EPILOG = """\
 Of the stages of a pipeline (dsp, 1f1b): python -m lightning_stale simulate pipeline --help.
-Step times are those of a log (--log: a CSV file with the columns worker, step, compute_s), or drawn (--workers ...).
+Step times are those of a log (--log: a CSV file with the columns worker, step, compute_s, or the record of a run, which
+has the cost of its exchanges too), or drawn (--workers ...).
 
   python -m lightning_stale simulate --log steps.csv.gz --exchange-ms 12
+  python -m lightning_stale simulate --log staleness.record
   python -m lightning_stale simulate --workers 8 --step-ms 120 --slow 2.3 --jitter 0.1 --model-mb 400 --link-gbit 10
 """
 
@@ -45,7 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description, parser.epilog = HELP, _EPILOG
     log = parser.add_argument_group("step times of a log")
-    log.add_argument("--log", type=Path, nargs="+", metavar="FILE", help="CSV (.gz) with the columns worker and step")
+    log.add_argument(
+        "--log",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="CSV (.gz) with the columns worker and step, or the record of a run",
+    )
     log.add_argument("--job", help="where the log has a column job: which one")
     log.add_argument("--column", default="compute_s", help="of the log, with the seconds (default: %(default)s)")
     drawn = parser.add_argument_group("step times that are drawn")
@@ -146,8 +157,9 @@ def _read(options: argparse.Namespace) -> tuple[StepTimes, Cluster, list[Setting
         raise ValueError("write --log FILE for the step times of a log, or --workers N to have some drawn")
     if options.steps < 1 or options.epochs < 1:
         raise ValueError(f"--steps {options.steps} --epochs {options.epochs}: write at least one of each")
+    cluster = Cluster()
     if options.log is not None:
-        times = _logged(options)
+        times, cluster = _logged(options)
     else:
         times = draw(
             options.workers,
@@ -170,14 +182,20 @@ def _read(options: argparse.Namespace) -> tuple[StepTimes, Cluster, list[Setting
         "back_after_s": (options.back_after_s, 1),
         "checkpoint_s": (options.checkpoint_s, 1),
     }
-    cluster = Cluster(**{name: value * unit for name, (value, unit) in given.items() if value is not None})
+    cluster = replace(cluster, **{name: value * unit for name, (value, unit) in given.items() if value is not None})
     settings = usual(times.workers) if options.setting is None else list(map(parse_setting, options.setting))
     return times, cluster, settings, 3 * times.workers if options.max_staleness is None else options.max_staleness
 
 
-def _logged(options: argparse.Namespace) -> StepTimes:
-    """Return the step times of ``--log``, whatever kind of file that is."""
-    return read_log(*options.log, job=options.job, column=options.column)
+def _logged(options: argparse.Namespace) -> tuple[StepTimes, Cluster]:
+    """Return the step times of ``--log``, and of a recorded run, what its exchanges cost."""
+    first = options.log[0]
+    if not is_record(first):
+        return read_log(*options.log, job=options.job, column=options.column), Cluster()
+    if len(options.log) > 1:
+        raise ValueError(f"--log {first}: it is the record of a whole run: name no other file")
+    recorded = step_times_of(read(first)[1], name=Path(first).name)
+    return recorded.computing, recorded.cluster
 
 
 def table(ddp: Outcome, outcomes: Sequence[Outcome], choice: Choice) -> Table:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -45,12 +46,14 @@ from lightning_stale.strategies.hosted_process import HostedProcess
 from lightning_stale.strategies.meeting_points import MeetingPoints
 from lightning_stale.strategies.other_ranks import OtherRanks, log_signal
 from lightning_stale.strategies.present import Members, Present
+from lightning_stale.strategies.rank_traces import RankTraces
 from lightning_stale.strategies.restart import SavedCheckpoints, begin_fit, is_supervised, where_to_go_on
 from lightning_stale.strategies.updates.update import Training, Update
 from lightning_stale.strategies.validation import Validation
 from lightning_stale.strategies.wrong_package import refuse_environment
 from lightning_stale.topology import Topology
 from lightning_stale.transport import secret
+from lightning_stale.transport.groups import gather_everywhere
 
 _T = TypeVar("_T")
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
@@ -115,11 +118,25 @@ class StaleStrategy(DDPStrategy):
         self._undo_setup: list[Callable[[], object]] = []
         self._untrained: UntrainedState | None = None
         self._recorder = Recorder()  # of what happens on this rank
+        self._traces = RankTraces()
         self._saved: SavedCheckpoints | None = None  # by the fit that runs, or has run last
 
     @abstractmethod
     def summary(self) -> dict[str, Any]:
         """Return the counts of the run."""
+
+    def trace(self, path: Path, max_events: int) -> None:
+        """Have a timeline of the next fit written, see :class:`~lightning_stale.Timeline`."""
+        self._traces.ask(path, max_events)
+
+    def _end_trace(self) -> None:
+        def gather(part: bytes) -> list[bytes]:
+            if self.world_size == 1:
+                return [part]
+            parts: list[bytes] = self._collectives.run("gather", lambda: gather_everywhere(part))
+            return parts
+
+        self._traces.end(gather, self.is_global_zero)
 
     @property
     def _host(self) -> HostedProcess[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from lightning_stale.pipeline.divided.tensors import without_meta
 from lightning_stale.pipeline.partition.model import Split
 from lightning_stale.pipeline.staleness import Staleness
 from lightning_stale.private import of_lightning
+from lightning_stale.recording.trace import StageTrace
 from lightning_stale.strategies.assembly import Assembly
 from lightning_stale.strategies.base import StaleStrategy
 from lightning_stale.strategies.checks import check_not_elastic, check_pipeline
@@ -192,6 +194,9 @@ class DSPStrategy(StaleStrategy):
         connection = self._connect(staleness) if self.world_size > 1 else None
         self._counts = StageCounts()
         self._recorder = Recorder(self._counts)
+        if fitting:
+            make = partial(StageTrace, offset_s=self._others.clock_offset_s())
+            self._traces.begin(self._recorder, self.global_rank, self.world_size, make)
         self._running = RunningPipeline(
             trainer, assembly, stages, same, self._step_with_gradients, connection, self._recorder.record
         )
@@ -349,6 +354,7 @@ class DSPStrategy(StaleStrategy):
         """Drain, which after a trial run (LearningRateFinder) nobody else has done."""
         super().on_train_end()
         self.meet("the end of fit")
+        self._end_trace()
 
     def teardown(self) -> None:
         """End the channels, put the model together again, and give back what has been replaced."""

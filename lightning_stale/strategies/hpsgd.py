@@ -15,6 +15,7 @@ from lightning_stale.events import Recorder
 from lightning_stale.events.averaging import AveragingCounts
 from lightning_stale.parameter_server.fingerprints import checksum
 from lightning_stale.recording.log import EventLog
+from lightning_stale.recording.trace import AveragingTrace
 from lightning_stale.strategies.base import StaleStrategy
 from lightning_stale.strategies.checks import check_not_elastic
 from lightning_stale.strategies.handing_out import WHOLE, Data, check_data, granted, refuse
@@ -124,6 +125,8 @@ class HPSGDStrategy(StaleStrategy):
         self._join_others(run, self._update.hands_out_batches, recording, header)
         self._counts = AveragingCounts()
         self._recorder = Recorder(self._counts)
+        rank, offset_s = self.global_rank, self._others.clock_offset_s()
+        self._traces.begin(self._recorder, rank, self.world_size, lambda file: AveragingTrace(file, rank, offset_s))
         super()._begin(run)
 
     def _header(self) -> dict[str, Any]:
@@ -166,6 +169,10 @@ class HPSGDStrategy(StaleStrategy):
         super().meet(place)
         if self._update.running:
             self._others.guard(self._note_summary)
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        self._end_trace()
 
     def _note_summary(self) -> None:
         rows: list[dict[str, Any]] = [{}] * self.world_size

@@ -199,6 +199,10 @@ class OtherRanks:
         assert self._coordinator is not None
         return self._coordinator.trained()
 
+    def clock_offset_s(self) -> float:
+        """Return what is to be added to this rank's clock to have that of the run, in seconds."""
+        return 0.0 if self._coordinator is None else self.guard(self._coordinator.clock_offset_s)
+
     # --- failures ---------------------------------------------------------------------------------------------------
 
     def guard(self, call: Callable[[], _T]) -> _T:

@@ -90,7 +90,7 @@ SCHEMA: dict[str, dict[str, type | tuple[type, ...]]] = {
         "nbytes": int,
     },
     "reply": {"nbytes": int, "size": int, "head": int},  # of the parcel
-    "pong": {},
+    "pong": {"now": float},  # by the clock of the process that answers
     "lost": {},  # in the run that is replayed, this worker was lost here
     "failed": {"kind": str, "text": str},
     "aborted": {"cause": str},  # the failure that came before, if any

@@ -13,7 +13,8 @@ import pytest
 
 from lightning_stale import __main__ as package
 from lightning_stale.paradigms import DSSP, SSP, BoundedDelay
-from lightning_stale.simulation import Outcome, Setting, StepTimes, choose, draw, read_log, run, run_ddp, usual
+from lightning_stale.recording.log import EventLog
+from lightning_stale.simulation import Cluster, Outcome, Setting, StepTimes, choose, draw, read_log, run, run_ddp, usual
 from lightning_stale.simulation.command import main
 
 LOG = """\
@@ -247,7 +248,7 @@ def test_what_is_wrong_is_said_in_a_line(
     [
         (["simulate", "--workers", "2", "--steps", "5"], 0, "Choose "),
         (["simulate", "--workers", "2", "--steps", "0"], 2, "write at least one of each"),
-        (["--help"], 0, "{run,simulate,join}"),
+        (["--help"], 0, "{run,replay,simulate,join}"),
         (["simulat"], 2, "invalid choice: 'simulat'"),
         ([], 2, "the following arguments are required: command"),
     ],
@@ -261,3 +262,20 @@ def test_the_package_hands_on_what_is_asked_for(
     assert ended.value.code == status
     captured = capsys.readouterr()
     assert printed in captured.out + captured.err
+
+
+def test_the_record_of_a_run_is_a_log_with_the_cost_of_its_exchanges(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, times = tmp_path / "run.record", draw(workers=3, step_s=0.1, factors=[2.0], jitter=0.1)
+    log = EventLog(path, {})
+    run(Setting.parse("ssp:2"), times, Cluster(exchange_s=0.03), steps=60, record=log.note)
+    log.close()
+    assert main(["--log", str(path), "--json", "--steps", "50"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["times"]["workers"] == 3
+    assert found["cluster"]["exchange_s"] == pytest.approx(0.03, rel=0.05)
+    assert main(["--log", str(path), "--exchange-ms", "70", "--json", "--steps", "50"]) == 0
+    assert json.loads(capsys.readouterr().out)["cluster"]["exchange_s"] == 0.07  # what is said counts
+    assert main(["--log", str(path), str(path)]) == 2
+    assert "it is the record of a whole run: name no other file" in capsys.readouterr().err
