@@ -34,11 +34,25 @@ class EpochCounters:
         self._trainer, self._loop = trainer, trainer.fit_loop.epoch_loop
         self._stepped = self._loop.automatic_optimization.optim_progress.optimizer.step
         self._set_batches(step * trainer.accumulate_grad_batches, totals_too=False)
+        self._mend(trainer.fit_loop.epoch_progress)
         self._stepped.current.ready = self._stepped.current.completed = step
         self._by_hand = self._loop.manual_optimization.optim_step_progress
         self._before = self._told = self._by_hand.total.completed  # at the start of the epoch; and told last
         self._limit: float = math.inf  # they are not so many before the next meeting
         self._logged = self._loop._batches_that_stepped - step  # at the start of the epoch
+
+    def _mend(self, epochs: Any) -> None:
+        """Have all counts as in an epoch that has begun.
+
+        Where Lightning resumes from what was saved in the last batch of an epoch, it takes the next epoch for one that
+        had begun. Its counts do not fit together from then on, and by these it finds out, when what is saved now is
+        gone on from, where that was: it would take the end of an epoch for amid it, and train what has been trained.
+        """
+        batches = self._loop.batch_progress.total
+        for name in _COUNTS:
+            setattr(batches, name, batches.ready)
+        for tracker in (epochs.current, epochs.total):
+            tracker.ready = tracker.started = tracker.processed + 1
 
     @property
     def _fetcher(self) -> Any:

@@ -388,3 +388,39 @@ def test_asp_hands_out_batches_without_another_word(tmp_path: Path) -> None:
     assert (held[0], free[0]) == (1, SAMPLES // 2 - 1)
     for _, pages in (held, free):
         assert torch.equal(pages, torch.ones(SAMPLES))
+
+
+def resume_again_and_again(rank: int, folder: Path) -> dict[str, Any]:
+    def fit(name: str, until: int, goes_on_from: Path | None = None) -> Path:
+        strategy = StaleSyncStrategy(paradigm="bounded-delay", data="on-demand")
+        saves = ModelCheckpoint(folder / name, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+        t = trainer(2, strategy, max_steps=until, enable_checkpointing=True, callbacks=[saves])
+        t.fit(Ledger(32), numbered(range(32)), ckpt_path=goes_on_from, weights_only=False)
+        return folder / name / f"step={until}.ckpt"
+
+    fit("whole", 30)
+    at_end_of_epoch = fit("first", 8)
+    amid_epoch = fit("second", 12, at_end_of_epoch)
+    at_another_end = fit("third", 24, amid_epoch)
+    fit("fourth", 30, at_another_end)
+    if rank > 0:
+        return {}
+    loops = {}
+    for name, steps in {"second": (10, 12), "third": (14, 16, 24), "fourth": (26, 30)}.items():
+        for step in steps:
+            loops[step] = [
+                torch.load(folder / run / f"step={step}.ckpt", weights_only=False)["loops"]["fit_loop"]
+                for run in ("whole", name)
+            ]
+    pages = torch.load(folder / "fourth" / "step=30.ckpt", weights_only=False)["state_dict"]["pages"]
+    return {"loops": loops, "taken": (-pages / Ledger.lr).tolist()}
+
+
+def test_what_is_resumed_at_the_end_of_an_epoch_counts_as_what_was_never_interrupted(tmp_path: Path) -> None:
+    """Lightning alone takes the next epoch for one that had begun, and the resume after that begins an epoch anew."""
+    found, _ = run_workers(resume_again_and_again, 2, tmp_path, tmp_path)
+    for step, (whole, resumed) in found["loops"].items():
+        for name in ("epoch_progress", "epoch_loop.batch_progress", "epoch_loop.state_dict"):
+            expected, counts = whole[name], resumed[name]
+            assert counts == expected, f"step {step}: {name}"
+    assert sorted(found["taken"]) == [3.0] * 8 + [4.0] * 24  # 6 of the 8 steps of the fourth epoch
