@@ -105,7 +105,8 @@ class _Run:
             worker = self.workers[number]
             worker.left, worker.over = steps, False
             if self.setting.data == "on-demand":
-                self.ask(number, plan)
+                self.grants.pop(number, None)
+                self.ask(number, plan if number == 0 else None)  # that of all others is the same
             self.begin(number)
         while self.events:
             self.now, number, kind = heapq.heappop(self.events)
@@ -123,8 +124,9 @@ class _Run:
 
     def ask(self, number: int, plan: Plan | None = None) -> None:
         """It has trained the batch that it had, and asks for the next."""
-        trained = (self.grants[number].lease,) if plan is None else ()
-        for reply in self.coordinator.handle(Request(number, 1, (), plan, trained), self.now):
+        held = self.grants.pop(number, None)  # committed at once: when its change is averaged decides no grant
+        trained = () if held is None else (held.lease,)
+        for reply in self.coordinator.handle(Request(number, 1, trained, plan), self.now):
             assert isinstance(reply, Granted)
             self.grants[reply.member] = reply.grant
         self.workers[number].over = self.grants[number].over
