@@ -119,7 +119,7 @@ def read_trace(source: str | Path | Sequence[Mapping[str, Any]]) -> list[Span]:
         ...             {"ph": "X", "name": "compute", "pid": 1, "tid": 0, "ts": 5_000_000, "dur": 250_000}])
         [Span(row='worker 1', start_s=0.0, end_s=0.25, kind='compute')]
     """
-    found = list(_events_of(Path(source)) if isinstance(source, (str, Path)) else source)
+    found = list(events_of(Path(source)) if isinstance(source, (str, Path)) else source)
     complete = [event for event in found if event.get("ph") == "X"]
     named: dict[tuple[Any, Any, str], str] = {}
     for event in found:
@@ -145,8 +145,12 @@ def read_trace(source: str | Path | Sequence[Mapping[str, Any]]) -> list[Span]:
     ]
 
 
-def _events_of(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the events of an array, or of ``{"traceEvents": [...]}``, as far as they are whole."""
+def events_of(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the events of a trace in Chrome's format, an array or ``{"traceEvents": [...]}``, as far as they are whole.
+
+    Raises:
+        ValueError: if it is no such trace.
+    """
     text = path.read_text()
     start = text.find("[")
     before = text[:start].strip()

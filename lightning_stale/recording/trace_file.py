@@ -68,22 +68,3 @@ def merge_traces(parts: Sequence[bytes]) -> bytes:
 
 def _line(event: Mapping[str, Any]) -> bytes:
     return json.dumps(event, separators=(",", ":")).encode() + b",\n"
-
-
-def read_trace(path: Path) -> list[dict[str, Any]]:
-    """Return the events of a trace, of one that was cut off too.
-
-    Raises:
-        ValueError: if it is none.
-    """
-    text = path.read_text()
-    if not text.startswith("["):
-        raise ValueError(f"{path} is no trace of events: a JSON array that begins with '['")
-    whole = text[: text.rfind("}") + 1]
-    while whole:
-        try:
-            events: list[dict[str, Any]] = json.loads(whole + "]")
-            return events
-        except json.JSONDecodeError:  # the last one is cut off amid its arguments
-            whole = whole[: whole.rfind("},\n") + 1]
-    return []

@@ -11,11 +11,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_stale import DSPStrategy, HPSGDStrategy, StaleSyncStrategy, Timeline
 from lightning_stale.recording.trace import SERVER
-from lightning_stale.recording.trace_file import read_trace
 from tests.integration.harness import run_workers
 from tests.integration.models import Regression, loader, trainer
 from tests.unit.pipeline.networks import Chain, batches
-from tests.unit.recording.test_trace import check
+from tests.unit.recording.test_trace import check, list_of
 
 STEPS = 12
 
@@ -43,7 +42,7 @@ def slices(events: list[dict[str, Any]]) -> Counter[tuple[int, str]]:
 
 def test_all_that_has_happened_is_there(tmp_path: Path) -> None:
     found, _ = run_workers(train, 2, tmp_path, tmp_path)
-    events = {name: read_trace(tmp_path / f"{name}.json") for name in found}
+    events = {name: list_of(tmp_path / f"{name}.json") for name in found}
     for name in found:
         check(events[name])
     for name in ("ssp", "bounded-delay"):
