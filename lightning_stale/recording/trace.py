@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -190,7 +191,11 @@ class StageTrace:
 
     def _end_of_arrow(self, phase: str, at: float, event: e.Received | e.Sent) -> dict[str, Any]:
         lower = event.stage - (event.what == "features") if phase == "f" else event.stage - (event.what == "gradients")
-        arrow = {"id": f"{event.what} {self._drains} {lower} {event.batch}", "name": event.what, "cat": event.what}
+        which = (
+            f"{event.what} {self._drains} {lower} {event.batch}"  # the same on both ranks, and a number: for Perfetto
+        )
+        number = int.from_bytes(hashlib.blake2b(which.encode(), digest_size=6).digest(), "big")
+        arrow = {"id": number, "name": event.what, "cat": event.what}
         binding = {"bp": "e"} if phase == "f" else {}
         return {"ph": phase, **arrow, "pid": event.stage, "tid": 0, "ts": _us(at), **binding}
 
