@@ -2,13 +2,15 @@
 
 A step takes 20 ms of an emulated accelerator: a layer that sleeps 7 ms in the forward and 13 ms in the backward pass.
 So four workers run in parallel on two cores, while 1.1 M parameters, messages, copies, the optimizer and Lightning
-stay real. An epoch is measured, from the end of the warm-up to the end of the last worker's last batch:
+stay real. Where workers differ for good, a step takes 100 ms: what is asked there is who waits for whom, and of a step
+of 20 ms a tenth is waiting for one of two cores, whatever the strategy. An epoch is measured, from the end of the
+warm-up to the end of the last worker's last batch:
 
 - equal: all workers are;
 - unequal: rank 0 is 2.3 times slower, for good;
 - hiccups: each is 5 times slower in 15 % of its steps, all in the same number of them;
-- se, ar: the step times of two real jobs (recipes/traces/README.md), scaled to 20 ms: jitter of every step, and one
-  worker slow for good. The layer takes 10 ms of each step, StragglerInjection the rest.
+- se, ar: the step times of two real jobs (recipes/traces/README.md), scaled to 100 ms: jitter of every step, and one
+  worker slow for good. The layer takes half of a usual step, StragglerInjection the rest.
 
 Local SGD is Lightning's own (PostLocalSGD, which averages the models every 4 steps). "own rates" are those of one
 worker in a process of its own with nobody beside it, added up; "side by side" are four such trainers at once, which
@@ -44,13 +46,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from lightning_stale import StaleSyncStrategy, StepTrace, StragglerInjection
 from recipes.traces import real_job
 
-STEP_S, WORKERS, SLOW_FACTOR = 0.020, 4, 2.3
-BASE_S = 0.010  # of a step of a trace, in the layer
-SCALES = {"se": 0.02 / 6.1, "ar": 0.02 / 20.0}
+WORKERS, SLOW_FACTOR = 4, 2.3
+STEP_S = {"equal": 0.020, "unequal": 0.100, "hiccups": 0.020, "se": 0.100, "ar": 0.100}
+SCALES = {"se": STEP_S["se"] / 6.1, "ar": STEP_S["ar"] / 20.0}  # of the median step
 TRACED = ("hiccups", *SCALES)
 CASES = {
     "equal": "equal workers, 20 ms a step",
-    "unequal": f"workers, one {SLOW_FACTOR} times slower",
+    "unequal": f"workers, 100 ms a step, one {SLOW_FACTOR} times slower",
     "hiccups": "workers, each 5 times slower in 15 % of its steps",
     "se": "workers of SE: jitter in every step",
     "ar": "workers of AR: one slow for good",
@@ -116,10 +118,11 @@ class Measured:
 def work(case: str, worker: int, devices: int) -> tuple[float, list[Any]]:
     """Return what ``worker`` has to do in a step, with ``devices`` in its run: the layer's time, and callbacks."""
     if case not in TRACED:
-        return STEP_S * (SLOW_FACTOR if case == "unequal" and worker == 0 else 1.0), []
+        return STEP_S[case] * (SLOW_FACTOR if case == "unequal" and worker == 0 else 1.0), []
     workers = range(WORKERS) if devices > 1 else [worker]
     trace = real_job(case.upper(), scale=SCALES[case], workers=workers) if case in SCALES else hiccups(workers)
-    return BASE_S, [StragglerInjection(trace=trace, step_s=BASE_S)]
+    base_s = STEP_S[case] / 2
+    return base_s, [StragglerInjection(trace=trace, step_s=base_s)]
 
 
 def hiccups(workers: Sequence[int]) -> StepTrace:
@@ -129,7 +132,7 @@ def hiccups(workers: Sequence[int]) -> StepTrace:
         draw = random.Random(worker)
         for begin in range(0, 1000, 20):
             slow = draw.sample(range(20), 3)
-            rows += [f"hiccups,{worker},0,{begin + n},{STEP_S * (5 if n in slow else 1)}" for n in range(20)]
+            rows += [f"hiccups,{worker},0,{begin + n},{STEP_S['hiccups'] * (5 if n in slow else 1)}" for n in range(20)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "steps.csv"
         path.write_text("\n".join(rows))
