@@ -43,6 +43,12 @@ def main(arguments: Sequence[str]) -> int:
     print(f"{asked.record}: {header.get('paradigm', header.get('strategy'))}, {_what_was_made(made)}")
     print(f"(pushes: {', '.join(f'rank {worker} {count}' for worker, count in sorted(by_worker.items()))})")
     if asked.until is not None:
+        if header.get("strategy") == "HPSGDStrategy":
+            parser.exit(
+                1,
+                f"{PROGRAM}: --until {asked.until}: workers of HPSGDStrategy average, and push no updates to a server, "
+                "one of which could be asked for: leave --until out, and stop where you want to in training_step\n",
+            )
         found = next((update for update in made if update.number == asked.until), None)
         if found is None:
             parser.exit(1, f"{PROGRAM}: --until {asked.until}: the record has {_what_was_made(made)}\n")

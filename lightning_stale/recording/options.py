@@ -72,6 +72,12 @@ class Recording:
                     f"one has {name}={header.get(name)!r}: {cure}"
                 )
         weights = theirs.get("weights", {})
+        gone = [name for name in weights if name not in header.get("weights", {})]
+        if gone:
+            raise ReplayError(
+                f"replay={str(self.replay)!r}: the record is of a model with the parameter {gone[0]!r}, which this one "
+                "lacks, or does not train: train the model that was recorded"
+            )
         for name, value in header.get("weights", {}).items():
             if weights.get(name) != value:
                 raise ReplayError(
@@ -89,7 +95,8 @@ class Recording:
         """
         turns = Turns()
         if self.replay is not None:
-            turns = ReplayedTurns(read(self.replay)[1], lose, recorder.record)
+            turns = replayed = ReplayedTurns(read(self.replay)[1], lose, recorder.record, ahead=read(self.replay)[1])
+            recorder.add(replayed)
         elif self.record is not None or self.trace is not None:
             turns = RecordedTurns(recorder.record)
         if self.trace is not None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
+from itertools import zip_longest
 from typing import TypeVar
 
-from lightning_stale.events import Event, Turn
+from lightning_stale.events import Event, Fingerprint, Spent, Turn
 from lightning_stale.events.kinds import What
 from lightning_stale.recording.log import PER_S, turns
 
 EventT = TypeVar("EventT", bound=Event)
+_NOT_COMPARED = (Turn, Spent, Fingerprint)  # durations are measured anew; checksums are compared where they are made
 
 
 class ReplayError(RuntimeError):
@@ -99,6 +101,8 @@ class ReplayedTurns(Turns):
         events: those of the record.
         record: is told of each turn.
         lose: is called with who is lost now.
+        ahead: the same events once more, to compare what comes early: whoever does something else than in the record is
+            found out at once. It may be what the others wait for without this process, before its turn ever comes.
 
     Example::
 
@@ -117,14 +121,19 @@ class ReplayedTurns(Turns):
         events: Iterable[Event],
         lose: Callable[[int], object],
         record: Callable[[Event], None] = lambda event: None,
+        ahead: Iterable[Event] = (),
     ) -> None:
         super().__init__()
+        self._ahead = (event for event in ahead if isinstance(event, Turn))
+        self._coming: defaultdict[int, deque[What]] = defaultdict(deque)  # the turns of each that were read ahead
         self._turns: Iterator[tuple[Turn, list[Event]]] = turns(events)
         self._lose, self._record = lose, record
+        self._follows: list[Event] = []  # from the turn that is taken
         self._early: defaultdict[int, deque[tuple[What, Callable[[], object]]]] = defaultdict(deque)
         self._at = 0.0
         self._followed: list[Event] = []
         self._taking = self._over = False
+        self._took = ""
         self._next: Turn | None = None
         self._then: list[Event] = []
         self._advance()
@@ -136,12 +145,53 @@ class ReplayedTurns(Turns):
     def expected(self, kind: type[EventT]) -> EventT | None:
         return next((event for event in self._followed if isinstance(event, kind)), None)
 
+    def note(self, event: Event) -> None:
+        """What follows from the turn that is taken, to be compared: see :class:`~lightning_stale.events.Recorder`."""
+        if self._taking and not isinstance(event, _NOT_COMPARED):
+            self._follows.append(event)
+
+    def _compare(self, turn: str) -> None:
+        """See that the same has followed as in the record; else somebody may wait for ever for what does not come."""
+        theirs = [event for event in self._followed if not isinstance(event, _NOT_COMPARED)]
+        if self._next is None:  # the record may be cut off in this turn
+            theirs = theirs[: len(self._follows)]
+            self._follows = self._follows[: len(theirs)]
+        if self._follows == theirs:
+            return
+        pairs = zip_longest(self._follows, theirs)
+        mine, other = next(pair for pair in pairs if pair[0] != pair[1])
+        raise DiffersError(
+            f"from {turn} follows {mine or 'nothing more'}, and in the record {other or 'nothing more'}: the script, "
+            "its arguments (limit_train_batches, the batch size) or the data are others than those of the record"
+        )
+
     def take(self, worker: int, what: What, handle: Callable[[], object]) -> None:
         if self._over:
             handle()
             return
+        coming = self._what_comes(worker)
+        if what == "abort" and coming not in ("abort", "lost", None):  # it says itself what is wrong: now, or the
+            handle()  # others wait for it
+            return
+        if coming not in (what, "lost", None):
+            raise DiffersError(
+                f"rank {worker} has come to a {what!r} where in the record a {coming!r} of rank {worker} follows: the "
+                "script, its arguments or the data are others than those of the record"
+            )
+        if coming == what:
+            self._coming[worker].popleft()
         self._early[worker].append((what, handle))
         self._go_on()
+
+    def _what_comes(self, worker: int) -> What | None:
+        """Return what this worker does next in the record; ``None`` if that is not known."""
+        coming = self._coming[worker]
+        while not coming:
+            turn = next(self._ahead, None)
+            if turn is None:
+                return None
+            self._coming[turn.worker].append(turn.what)
+        return coming[0]
 
     def lose(self, worker: int, handle: Callable[[], object]) -> None:
         if self._over:
@@ -166,11 +216,13 @@ class ReplayedTurns(Turns):
             handle = self._whose_turn_it_is()
             if handle is None:
                 return
-            self._taking = True
+            self._taking, self._follows = True, []
             try:
                 handle()
             finally:
                 self._taking = False
+            if self._took and not self._over:
+                self._compare(self._took)
 
     def _whose_turn_it_is(self) -> Callable[[], object] | None:
         turn = self._next
@@ -180,6 +232,8 @@ class ReplayedTurns(Turns):
             return None
         if turn.what == "lost":
             self._early.pop(turn.worker, None)
+            if self._what_comes(turn.worker) == "lost":
+                self._coming[turn.worker].popleft()
             self._begin(turn)
             return lambda: self._lose(turn.worker)
         queue = self._early.get(turn.worker)
@@ -187,6 +241,7 @@ class ReplayedTurns(Turns):
             return None
         what, handle = queue[0]
         if what == "abort" != turn.what:  # it says itself what is wrong
+            self._took = ""
             return queue.popleft()[1]
         if what != turn.what:
             raise DiffersError(
@@ -199,6 +254,7 @@ class ReplayedTurns(Turns):
 
     def _begin(self, turn: Turn) -> None:
         self._at, self._followed = turn.at, self._then
+        self._took = f"the {turn.what!r} of rank {turn.worker}"
         self._record(turn)
         self._advance()
 

@@ -43,7 +43,7 @@ class Records:
     def next(self, trainer: Trainer) -> Recording:
         """Return what is recorded of the fit that is about to start, and replayed; the same call on all ranks."""
         self._fits += 1
-        told = os.environ.get(REPLAY, "") if self._fits == 1 else ""
+        told = os.environ.pop(REPLAY, "")  # the first fit of the process, whatever strategies follow
         replay, until = self.replay, None
         if told:
             replay, _, last = told.partition("\n")

@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from lightning import Trainer
 from torch import Tensor
 
 from lightning_stale import ASP, HPSGDStrategy, StaleSyncStrategy
 from lightning_stale.events import Recorder
 from lightning_stale.parameter_server.fingerprints import fingerprint
 from lightning_stale.recording.log import EventLog
-from lightning_stale.recording.options import Recording
+from lightning_stale.recording.options import REPLAY, Recording
 from lightning_stale.recording.turns import RecordedTurns, ReplayedTurns, ReplayError, Turns
+from lightning_stale.strategies.recorded import Records
 
 HEADER: dict[str, Any] = {
     "strategy": "StaleSyncStrategy",
@@ -49,6 +51,7 @@ def test_the_fit_that_is_recorded_can_be_replayed(record: Path) -> None:
         ({"world_size": 3}, r"world_size=2, and this one has world_size=3: have as many workers"),
         ({"updates": 120}, r"updates=0, and this one has updates=120: begin where it began: trainer.fit\(ckpt_path"),
         ({"on_demand": False}, "write the same data="),
+        ({"weights": {"net.weight": 5}}, "of a model with the parameter .net.bias., which this one lacks"),
         ({"weights": {"net.weight": 5, "net.bias": 7}}, r"other weights .*, first in 'net.bias': call seed_everything"),
     ],
 )
@@ -119,3 +122,10 @@ def test_a_gradient_that_is_missing_is_none_of_zeros_and_options_count() -> None
     assert missing.gradients != zero.gradients
     one, other = (fingerprint(0.0, 1, some(), [{"lr": lr}]) for lr in (0.1, 0.1 + 2**-50))
     assert (one.gradients == other.gradients, one.options == other.options) == (True, False)
+
+
+def test_the_command_tells_the_first_fit_of_the_process_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(REPLAY, f"{tmp_path / 'run.record'}\n17")
+    first, second = (Records(False, None).next(Trainer(logger=False, accelerator="cpu")) for _ in range(2))
+    assert (first.replay, first.until) == (tmp_path / "run.record", 17)
+    assert (second.replay, second.until) == (None, None)  # the fit of another strategy in the same script

@@ -76,8 +76,15 @@ def test_what_was_recorded_after_a_turn_is_expected_in_it() -> None:
     record = [e.Turn(1.0, 0, "push"), e.Pushed(1.0, 0, 3), e.Turn(2.0, 0, "push"), e.Pushed(2.0, 0, 5)]
     turns = ReplayedTurns(record, lose=lambda worker: None)
     seen: list[Any] = []
+
+    def push() -> None:
+        pushed = turns.expected(e.Pushed)
+        seen.append((pushed, turns.expected(e.Fingerprint)))
+        assert pushed is not None
+        turns.note(pushed)
+
     for _ in range(2):
-        turns.take(0, "push", lambda: seen.append((turns.expected(e.Pushed), turns.expected(e.Fingerprint))))
+        turns.take(0, "push", push)
     assert seen == [(record[1], None), (record[3], None)]
 
 
@@ -87,6 +94,31 @@ def test_another_message_than_that_of_the_record_is_named() -> None:
         DiffersError, match=r"rank 2 has come to a 'sync' where in the record a 'push' of rank 2 follows"
     ):
         turns.take(2, "sync", lambda: None)
+
+
+def test_who_does_another_thing_is_found_out_before_its_turn_which_may_never_come() -> None:
+    record = [e.Turn(1.0, 0, "push"), e.Turn(2.0, 1, "push")]
+    turns = ReplayedTurns(record, lose=lambda worker: None, ahead=record)
+    with pytest.raises(DiffersError, match="rank 1 has come to a 'sync' where in the record a 'push' of rank 1"):
+        turns.take(1, "sync", lambda: None)
+    heard: list[str] = []
+    turns = ReplayedTurns(record, lose=lambda worker: None, ahead=record)
+    turns.take(1, "abort", lambda: heard.append("abort"))  # rank 0 may wait for it, and never push
+    assert heard == ["abort"]
+
+
+def test_another_consequence_than_in_the_record_is_named_though_the_message_is_the_same() -> None:
+    record = [e.Turn(1.0, 0, "request"), e.Planned(1.0, 0, 24), e.Turn(2.0, 0, "push")]
+    turns = ReplayedTurns(record, lose=lambda worker: None)
+    with pytest.raises(
+        DiffersError, match=r"the 'request' of rank 0 follows Planned\(.*batches=9\), and in the record"
+    ):
+        turns.take(0, "request", lambda: turns.note(e.Planned(1.0, 0, 9)))
+    turns = ReplayedTurns(record, lose=lambda worker: None)
+    with pytest.raises(DiffersError, match="follows nothing more, and in the record Planned"):
+        turns.take(0, "request", lambda: None)
+    turns = ReplayedTurns(record[:1], lose=lambda worker: None)
+    turns.take(0, "request", lambda: turns.note(e.Planned(1.0, 0, 9)))  # the record was cut off here
 
 
 def test_a_worker_that_fails_is_heard_though_it_did_not_fail_in_the_record() -> None:
