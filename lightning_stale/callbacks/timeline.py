@@ -11,6 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_stale.recording.options import free
 from lightning_stale.strategies.base import StaleStrategy
+from lightning_stale.strategies.recorded import folder_of_log
 
 
 class Timeline(Callback):
@@ -59,9 +60,9 @@ class Timeline(Callback):
                 "Trainer(strategy='dssp'), or another strategy of lightning_stale, or leave it out; torch.profiler "
                 "has a timeline of one process"
             )
-        folder = trainer.log_dir or trainer.default_root_dir
-        path = free(Path(folder) / "timeline.json" if self.path is None else Path(self.path))
+        path = folder_of_log(trainer, "Timeline()") / "timeline.json" if self.path is None else Path(self.path)
         if trainer.is_global_zero:
+            path = free(path)
             path.parent.mkdir(parents=True, exist_ok=True)
             rank_zero_info(f"The timeline of this fit is written to {path}")
-        strategy.trace(path, self.max_events)
+        strategy.trace(Path(strategy.broadcast(str(path))), self.max_events)

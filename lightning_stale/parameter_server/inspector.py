@@ -38,7 +38,8 @@ class Inspector:
     until: int | None = None
     file: Path | None = None
     _steps: Counter[int] = field(default_factory=Counter)
-    _asked_for: dict[str, Any] | None = None
+    _asked_for: list[dict[str, Any]] = field(default_factory=list)  # the pushes of that update
+    _before: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, recording: Recording, names: Sequence[str], record: Callable[[Event], None]) -> Inspector | None:
@@ -66,7 +67,8 @@ class Inspector:
                 mine, recorded, places, f"rank {push.worker} in its step {step}, for update {store.version + 1}"
             )
         if self.until is not None and store.version + 1 == self.until:
-            self._asked_for = self._describe(push, store, step)
+            self._asked_for.append(self._describe(push, store, step))
+            self._before = self._named(store.views)
 
     def note_update(self, store: ParameterStore) -> None:
         """Note that an update has been made.
@@ -74,14 +76,19 @@ class Inspector:
         Raises:
             UntilReachedError: if it is the one that is asked for, which is saved by then.
         """
-        if self.until is None or store.version < self.until or self._asked_for is None or self.file is None:
+        if self.until is None or store.version < self.until or not self._asked_for or self.file is None:
             return
-        found, self._asked_for = self._asked_for, None
-        torch.save({**found, "weights": self._named(store.views)}, self.file)
+        pushes, self._asked_for = self._asked_for, []
+        weights = {"before": self._before, "weights": self._named(store.views)}
+        torch.save({"update": self.until, "pushes": pushes, **weights}, self.file)
+        said = "; ".join(
+            f"the push of rank {push['worker']} in its step {push['step']}, {push['staleness']} updates stale"
+            f"{_what_is_not_finite(push['gradients'])}"
+            for push in pushes
+        )
         raise UntilReachedError(
-            f"update {self.until} is made, as was asked for: the push of rank {found['worker']} in its step "
-            f"{found['step']}, {found['staleness']} updates stale{_what_is_not_finite(found['gradients'])}. Its "
-            f"gradients, and the weights before and after it, are in {self.file}"
+            f"update {self.until} is made, as was asked for: {said}. Its gradients, and the weights before and "
+            f"after it, are in {self.file}"
         )
 
     def _compare(self, mine: Fingerprint, recorded: Fingerprint, places: Sequence[int], where: str) -> None:
@@ -102,7 +109,6 @@ class Inspector:
     def _describe(self, push: Push, store: ParameterStore, step: int) -> dict[str, Any]:
         places = store.places(push.optimizer)
         return {
-            "update": self.until,
             "worker": push.worker,
             "step": step,
             "staleness": push.staleness,
@@ -113,7 +119,6 @@ class Inspector:
                 for place, used in zip(places, push.used, strict=True)
                 if used
             },
-            "before": self._named(store.views),
         }
 
     def _named(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -122,4 +127,5 @@ class Inspector:
 
 def _what_is_not_finite(gradients: dict[str, Tensor]) -> str:
     names = [name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())]
-    return f", not finite in {names[0]!r} and {len(names) - 1} more" if names else ""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f", not finite in {names[0]!r}{more}" if names else ""

@@ -107,6 +107,7 @@ class ServerProcess(ChildProcess):
         recording = recording or Recording()
         header = {
             "strategy": "StaleSyncStrategy",
+            "fit": recording.fit,
             "paradigm": repr(paradigm),
             "apply": repr(apply or Plain()),
             "world_size": world_size,

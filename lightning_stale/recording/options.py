@@ -14,7 +14,7 @@ from lightning_stale.recording.trace_file import TraceFile
 from lightning_stale.recording.turns import RecordedTurns, ReplayedTurns, ReplayError, Turns
 
 REPLAY = "LIGHTNING_STALE_REPLAY"
-"""Names the record that the first fit of the process replays, and after a line end the update that it ends with."""
+"""Names a record, and after a line end the update to end with: the fit of the process replays it that it is of."""
 
 _MEANS = {
     "paradigm": "write the same paradigm, with the thresholds that it began with",
@@ -39,6 +39,7 @@ class Recording:
         until: with ``replay``: the update to end with.
         trace: the file of a timeline to write; ``None``: none.
         trace_events: how many events that has at most.
+        fit: which fit of its process it is, from 1.
     """
 
     record: Path | None = None
@@ -46,6 +47,7 @@ class Recording:
     until: int | None = None
     trace: Path | None = None
     trace_events: int = 0
+    fit: int = 1
 
     @property
     def looks_at_pushes(self) -> bool:
@@ -106,13 +108,13 @@ class Recording:
         return turns
 
 
-def of_rank(path: Path, rank: int) -> Path:
+def of_rank(path: Path, rank: int | str) -> Path:
     """Return where a rank keeps what it alone knows, beside the record at ``path``."""
     return path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
 
 
 def free(path: Path) -> Path:
-    """Return ``path``, or if there is such a file, the first of ``name.2.suffix``, ``name.3.suffix``... that is free.
+    """Return ``path``, or the first of ``name.2.suffix``, ``name.3.suffix`` ... that is free, also of files of ranks.
 
     Example::
 
@@ -125,7 +127,7 @@ def free(path: Path) -> Path:
         'staleness.2.record'
     """
     number, candidate = 1, path
-    while candidate.exists():
+    while candidate.exists() or any(candidate.parent.glob(of_rank(candidate, "*").name)):
         number += 1
         candidate = numbered(path, number)
     return candidate

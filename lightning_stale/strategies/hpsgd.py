@@ -116,7 +116,7 @@ class HPSGDStrategy(StaleStrategy):
 
     def _begin(self, run: str) -> None:
         recording = self._records.next(self._require_trainer())
-        header = self._header() if self.is_global_zero else {}
+        header = {**self._header(), "fit": recording.fit} if self.is_global_zero else {}
         if self.is_global_zero:
             recording.check(header)
             if self.world_size == 1 and recording.record is not None:  # there is nobody else to write it

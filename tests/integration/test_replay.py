@@ -216,11 +216,12 @@ fit(StaleSyncStrategy(paradigm="asp", record=len(sys.argv) > 1 and sys.argv[1]),
     assert "update 17 is made, as was asked for" in ended.output
     found = torch.load(tmp_path / "a.record.update-17.pt", weights_only=False)
     (push,) = update.pushes
-    assert (found["update"], found["worker"], found["step"], found["staleness"]) == (
+    (saved,) = found["pushes"]
+    assert (found["update"], saved["worker"], saved["step"], saved["staleness"]) == (
         *(17, push.worker, push.step, push.staleness),
     )
     assert (
-        set(found["gradients"])
+        set(saved["gradients"])
         == set(found["weights"])
         == set(found["before"])
         == set(dict(Noisy().named_parameters()))

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning import Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_stale import ASP, HPSGDStrategy, StaleSyncStrategy
 from lightning_stale.events import Recorder
 from lightning_stale.parameter_server.fingerprints import fingerprint
 from lightning_stale.recording.log import EventLog
-from lightning_stale.recording.options import REPLAY, Recording
+from lightning_stale.recording.options import REPLAY, Recording, free, of_rank
 from lightning_stale.recording.turns import RecordedTurns, ReplayedTurns, ReplayError, Turns
+from lightning_stale.strategies import recorded
 from lightning_stale.strategies.recorded import Records
+from tests.integration.models import Regression, loader, trainer
 
 HEADER: dict[str, Any] = {
     "strategy": "StaleSyncStrategy",
@@ -124,8 +128,29 @@ def test_a_gradient_that_is_missing_is_none_of_zeros_and_options_count() -> None
     assert (one.gradients == other.gradients, one.options == other.options) == (True, False)
 
 
-def test_the_command_tells_the_first_fit_of_the_process_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_tells_the_fit_of_the_process_that_was_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second, say, as LearningRateFinder has the first; whatever strategies they have."""
+    EventLog(tmp_path / "run.record", {**HEADER, "fit": 2}).close()
     monkeypatch.setenv(REPLAY, f"{tmp_path / 'run.record'}\n17")
-    first, second = (Records(False, None).next(Trainer(logger=False, accelerator="cpu")) for _ in range(2))
-    assert (first.replay, first.until) == (tmp_path / "run.record", 17)
-    assert (second.replay, second.until) == (None, None)  # the fit of another strategy in the same script
+    monkeypatch.setattr(recorded, "_fits_of_process", itertools.count(1))
+    fits = [Records(False, None).next(Trainer(logger=False, accelerator="cpu")) for _ in range(3)]
+    assert [(fit.fit, fit.replay, fit.until) for fit in fits] == [
+        *((1, None, None), (2, tmp_path / "run.record", 17), (3, None, None)),
+    ]
+
+
+def test_nothing_of_a_rank_is_written_over_either(tmp_path: Path) -> None:
+    path = tmp_path / "run.record"
+    assert free(path) == path
+    of_rank(path, 3).touch()  # that of rank 0 was lost, or is to be written when training has ended
+    assert free(path) == tmp_path / "run.2.record"
+
+
+def test_a_record_that_cannot_be_written_is_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    strategy = StaleSyncStrategy(record=tmp_path / "file" / "run.record")
+    t = trainer(1, strategy, max_steps=1)
+    with pytest.raises(MisconfigurationException, match=r"record=.*run.record.*Write the path of a file in a folder"):
+        t.fit(Regression(), loader())
