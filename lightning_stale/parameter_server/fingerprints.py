@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_stale.events import Fingerprint
+from lightning_stale.parameter_server.dense import memory_of
 from lightning_stale.parameter_server.options import Options
-from lightning_stale.parameter_server.pickling import memory_of
 
 _ODD = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: spreads what differs in few bits
 _MASK = 2**64 - 1

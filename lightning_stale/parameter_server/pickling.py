@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_stale.parameter_server.dense import dense_strides, memory_of
 from lightning_stale.private import of_torch
 
 # `step` is replaced on the instance by learning-rate schedulers and by the strategy; hooks stay with the worker.
@@ -64,18 +65,6 @@ def load_optimizers(data: bytes, parameters: Sequence[Tensor], buffers: Sequence
     return [_Unpickler(io.BytesIO(part), parameters, buffers).load() for part in parts]
 
 
-def memory_of(tensor: Tensor) -> Tensor:
-    """Return the bytes of ``tensor`` in the order of its strides: its own memory, if it is dense and on the CPU."""
-    tensor = tensor.detach().cpu()
-    if tensor.stride() != _dense_strides(tensor):
-        tensor = torch.empty_strided(tensor.shape, _dense_strides(tensor), dtype=tensor.dtype).copy_(tensor)
-    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
-
-
-def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
-    return torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format).stride()
-
-
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     def __init__(self, file: io.BytesIO, parameters: Sequence[Tensor], buffers: list[Tensor] | None) -> None:
         super().__init__(file)
@@ -94,7 +83,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return None
         if id(obj) not in self._beside:
             dtype = str(obj.dtype).removeprefix("torch.")
-            self._beside[id(obj)] = (len(self._buffers), dtype, tuple(obj.shape), _dense_strides(obj))
+            self._beside[id(obj)] = (len(self._buffers), dtype, tuple(obj.shape), dense_strides(obj))
             self._buffers.append(memory_of(obj))
         return self._beside[id(obj)]
 

@@ -18,8 +18,9 @@ from lightning_stale.coordinator.process import ChildProcess
 from lightning_stale.elastic import Elastic
 from lightning_stale.paradigms import Paradigm
 from lightning_stale.parameter_server.apply import ApplyRule, Plain
+from lightning_stale.parameter_server.dense import memory_of
 from lightning_stale.parameter_server.fingerprints import checksum
-from lightning_stale.parameter_server.pickling import dump_optimizers, memory_of
+from lightning_stale.parameter_server.pickling import dump_optimizers
 from lightning_stale.recording.options import Recording
 from lightning_stale.transport.credentials import Credentials
 from lightning_stale.transport.layout import Layout

@@ -934,6 +934,10 @@ def test_summary_counts() -> None:
                 "mean_staleness": 0.0,
                 "wait_s": 1.25,
                 "compute_s": 5.0,
+                "leases": 0,
+                "taken_back": 0,
+                "leads": {1: 1, 2: 1},
+                "staleness": {0: 2},
             },
             {
                 "rank": 1,
@@ -945,6 +949,10 @@ def test_summary_counts() -> None:
                 "mean_staleness": 2.0,
                 "wait_s": 0.5,
                 "compute_s": 2.0,
+                "leases": 0,
+                "taken_back": 0,
+                "leads": {0: 1},
+                "staleness": {2: 1},
             },
         ],
     }
