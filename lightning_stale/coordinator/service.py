@@ -24,6 +24,8 @@ from lightning_stale.transport.sockets import ServerSocket
 
 log = logging.getLogger(__name__)
 
+_REMIND_S = 30
+
 
 @dataclass
 class Peer:
@@ -139,8 +141,15 @@ class Service:
         poller = zmq.Poller()
         for source in (self._socket.router, self._socket.monitor, lifeline):
             poller.register(source, zmq.POLLIN)
+        silent_s = 0
         while not self.coordinator.over:
             ready = dict(poller.poll(1_000))
+            silent_s = 0 if ready else silent_s + 1
+            awaited = self.turns.awaited() if silent_s == _REMIND_S else None
+            if awaited is not None:
+                log.warning(
+                    "The replay has waited for %d s: in the record %s, and that has not come", silent_s, awaited
+                )
             self.drain()
             if self._socket.monitor in ready:
                 self.note_connections()

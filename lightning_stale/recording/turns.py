@@ -63,6 +63,10 @@ class Turns:
         """Return what of this kind has followed from the message that is taken now, if that is known."""
         return None
 
+    def awaited(self) -> str | None:
+        """Return what all that has come waits for, if it waits."""
+        return None
+
     def ended(self) -> None:
         """The run has failed: from now on the order does not matter."""
 
@@ -203,6 +207,9 @@ class ReplayedTurns(Turns):
         raise DiffersError(
             f"rank {worker} is gone, and in the record it is there: {self._what_is_next()}. What it printed is above"
         )
+
+    def awaited(self) -> str | None:
+        return self._what_is_next() if any(self._early.values()) else None
 
     def ended(self) -> None:
         self._over = True

@@ -67,9 +67,11 @@ def test_who_was_lost_is_lost_when_it_is_its_turn_and_what_it_says_after_that_is
     turns = ReplayedTurns(record, lose=lambda worker: told.append(("lost", worker, turns.now())))
     turns.take(1, "push", lambda: told.append("never"))  # which it came no more to in the record
     assert told == []
+    assert turns.awaited() == "a 'push' of rank 0 follows"
     turns.take(0, "push", lambda: told.append("push"))
     turns.take(0, "sync", lambda: told.append("sync"))
     assert told == ["push", ("lost", 1, 2.0), "sync"]
+    assert turns.awaited() is None
 
 
 def test_what_was_recorded_after_a_turn_is_expected_in_it() -> None:
