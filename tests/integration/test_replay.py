@@ -183,7 +183,7 @@ if strategy.is_global_zero:
 """
 
 
-def test_a_run_in_which_a_worker_was_killed_and_replaced_is_replayed(tmp_path: Path) -> None:
+def test_a_run_in_which_a_worker_was_killed_and_replaced_is_replayed_and_up_to_an_update(tmp_path: Path) -> None:
     for mode in ("record", "replay"):
         ended = run_script(SCRIPT, tmp_path, mode)
         assert ended.returncode == 0, ended.output
@@ -197,33 +197,19 @@ def test_a_run_in_which_a_worker_was_killed_and_replaced_is_replayed(tmp_path: P
     assert pushes == pushes_again
     assert_equal(first, again)
 
-
-def test_the_command_says_which_push_an_update_was_and_replays_the_script_up_to_it(tmp_path: Path) -> None:
-    code = """
-import sys
-from pathlib import Path
-from lightning_stale import StaleSyncStrategy
-from tests.integration.test_replay import fit
-fit(StaleSyncStrategy(paradigm="asp", record=len(sys.argv) > 1 and sys.argv[1]), Path("log"), epochs=1)
-"""
-    ended = run_script(code, tmp_path, "a.record")
+    command = [sys.executable, "-m", "lightning_stale", "replay", "e.record", "--until", "17", "--"]
+    ended = run_script(SCRIPT, tmp_path, "record", command=command)
     assert ended.returncode == 0, ended.output
-    command = [sys.executable, "-m", "lightning_stale", "replay", "a.record", "--until", "17", "--"]
-    ended = run_script(code, tmp_path, command=command)
-    assert ended.returncode == 0, ended.output
-    update = list(updates(read(tmp_path / "a.record")[1]))[16]
-    assert f"  the push of {update.pushes[0]}" in ended.output
-    assert "update 17 is made, as was asked for" in ended.output
-    found = torch.load(tmp_path / "a.record.update-17.pt", weights_only=False)
+    update = list(updates(read(tmp_path / "e.record")[1]))[16]
     (push,) = update.pushes
+    assert f"  the push of {push}" in ended.output
+    assert "update 17 is made, as was asked for" in ended.output
+    found = torch.load(tmp_path / "e.record.update-17.pt", weights_only=False)
     (saved,) = found["pushes"]
     assert (found["update"], saved["worker"], saved["step"], saved["staleness"]) == (
         *(17, push.worker, push.step, push.staleness),
     )
-    assert (
-        set(saved["gradients"])
-        == set(found["weights"])
-        == set(found["before"])
-        == set(dict(Noisy().named_parameters()))
-    )
+    names = set(dict(Noisy().named_parameters()))
+    assert set(saved["gradients"]) == set(found["weights"]) == set(found["before"]) == names
     assert not torch.equal(found["before"]["net.0.weight"], found["weights"]["net.0.weight"])
+    assert (tmp_path / "e.2.record").exists()  # that of the script, which says record=: nothing is written over
