@@ -32,7 +32,6 @@ class StaleSyncTrace:
         self._file = file
         self._known: set[int] = set()
         self._since: dict[int, tuple[float, str]] = {}  # who waits, since when and for what
-        self._computed: dict[int, float] = {}  # seconds before the push that comes now
         self._batches: dict[int, tuple[int, int]] = {}
         self._arrows = 0
         self._pushed = (-1, 0.0)  # by whom the last push was, and when
